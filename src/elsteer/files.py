@@ -1,0 +1,99 @@
+"""Files that are whole or absent: atomic writes, and JSONL logs that survive being killed in the middle of a line."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from elsteer.errors import RunError
+
+__all__ = ["append_jsonl", "read_jsonl", "write_atomic", "write_json", "write_jsonl"]
+
+
+def _explain(error: OSError, path: Path) -> RunError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return RunError(f"No space left on the disk that holds {path}: free some and run the same command again to go on.")
+    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        return RunError(f"{path} may not be written: choose another folder or change its permissions.")
+    return RunError(f"{path} could not be written: {error.strerror or error}.")
+
+
+def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
+    """Call `write(temporary)` beside `path`, flush it to disk and rename it to `path`.
+
+    Readers see the old file or the new one, never a part. Raises RunError when the disk is full or read-only.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        write(temporary)
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except OSError as error:
+        raise _explain(error, path) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    write_atomic(path, lambda to: to.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"))
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write all `rows`, one JSON object a line, atomically."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_atomic(path, lambda to: to.write_text(text, encoding="utf-8"))
+
+
+def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Append `rows` and flush them to disk. A part of a line left by an earlier crash is cut off first."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab+") as file:
+            size = file.seek(0, os.SEEK_END)
+            if size and _last_byte(file, size) != b"\n":
+                file.truncate(_end_of_last_line(file, size))
+            file.seek(0, os.SEEK_END)
+            file.write(text.encode("utf-8"))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise _explain(error, path) from error
+
+
+def _last_byte(file: Any, size: int) -> bytes:
+    file.seek(size - 1)
+    return bytes(file.read(1))
+
+
+def _end_of_last_line(file: Any, size: int) -> int:
+    file.seek(0)
+    return file.read(size).rfind(b"\n") + 1
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of a JSONL log that elsteer wrote itself; an unfinished last line (a crash) is left out, no file gives no rows."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise RunError(f"{path}, line {number} is damaged: delete that file and run the stage again.") from error
