@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from elsteer.evaluation.statistics import (
-    Interval,
     JudgeAccuracy,
     corrected_rate,
     mcnemar_exact,

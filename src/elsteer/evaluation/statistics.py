@@ -188,8 +188,8 @@ def corrected_rate(k: int, n: int, judge: JudgeAccuracy, level: float = 0.95) ->
 
     (k / n + specificity - 1) / (sensitivity + specificity - 1) (Rogan and Gladen 1978, Am. J. Epidemiol. 107:71), with
     the interval of Lang and Reiczigel (2014, Prev. Vet. Med. 113:13-22), which counts the uncertainty of the judge's
-    sensitivity and specificity too; all within 0 and 1. It supposes that the judge errs here as often as on the labelled completions.
-    Undefined without rows or labels, and for a judge that is no better than a coin.
+    sensitivity and specificity too; all within 0 and 1. It supposes that the judge errs here as often as on the
+    labelled completions. Undefined without rows or labels, and for a judge that is no better than a coin.
     """
     if min(n, judge.refusals, judge.compliances) == 0:
         return Interval.undefined(n)
