@@ -43,6 +43,11 @@ class Interval:
         """What stands for "cannot be said from these n rows"."""
         return cls(math.nan, math.nan, math.nan, n)
 
+    @classmethod
+    def around(cls, value: float, low: float, high: float, n: int) -> Interval:
+        """An interval that holds its estimate, even where rounding or a skewed bootstrap would leave it just outside."""
+        return cls(float(value), min(float(low), float(value)), max(float(high), float(value)), n)
+
     @property
     def defined(self) -> bool:
         """False where there was nothing to measure."""
@@ -88,7 +93,7 @@ def wilson(k: int, n: int, level: float = 0.95) -> Interval:
     if n == 0 and k == 0:
         return Interval.undefined()
     limits = stats.binomtest(k, n).proportion_ci(level, method="wilson")
-    return Interval(k / n, float(limits.low), float(limits.high), n)
+    return Interval.around(k / n, limits.low, limits.high, n)
 
 
 def mcnemar_exact(only_a: int, only_b: int) -> float:
@@ -122,7 +127,7 @@ def paired_difference(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Interv
     value = (only_b - only_a) / n
     low = value - half(rate_b.value - rate_b.low, rate_a.high - rate_a.value)
     high = value + half(rate_b.high - rate_b.value, rate_a.value - rate_a.low)
-    return Interval(value, max(low, -1.0), min(high, 1.0), n)
+    return Interval.around(value, max(low, -1.0), min(high, 1.0), n)
 
 
 def removed(
@@ -144,13 +149,13 @@ def removed(
     value = 1 - steered / plain
     if steered == 0 or gone + new == 0:
         low, high = _paired_ratio_limits(both, new, gone, level)
-        return Interval(value, 1 - high, 1 - low, n)
+        return Interval.around(value, 1 - high, 1 - low, n)
     cells = np.random.default_rng(seed).multinomial(n, np.array([both, gone, new, neither]) / n, size=resamples)
     drawn_plain, drawn_steered = cells[:, 0] + cells[:, 1], cells[:, 0] + cells[:, 2]
     # A resample in which the plain model refuses nothing has no share; they only occur when it refuses next to nothing.
     kept = drawn_plain > 0
     low, high = _percentiles(1 - drawn_steered[kept] / drawn_plain[kept], level)
-    return Interval(value, low, high, n)
+    return Interval.around(value, low, high, n)
 
 
 def mean_bootstrap(values: ArrayLike, seed: int = 0, resamples: int = 10_000, level: float = 0.95) -> Interval:
@@ -180,7 +185,7 @@ def ratio_bootstrap(
         below = bottom[rows].sum(axis=1)
         drawn.append(top[rows].sum(axis=1)[below != 0] / below[below != 0])
     low, high = _percentiles(np.concatenate(drawn), level)
-    return Interval(float(top.sum() / bottom.sum()), low, high, n)
+    return Interval.around(top.sum() / bottom.sum(), low, high, n)
 
 
 def corrected_rate(k: int, n: int, judge: JudgeAccuracy, level: float = 0.95) -> Interval:
@@ -209,8 +214,7 @@ def corrected_rate(k: int, n: int, judge: JudgeAccuracy, level: float = 0.95) ->
     variance = rate * (1 - rate) / n_rate + centre**2 * noise_refusals + (1 - centre) ** 2 * noise_compliances
     half = z * math.sqrt(variance) / slope
     value = _clip((k / n + judge.specificity.value - 1) / gain)
-    # Shrinking towards the middle can leave the plain estimate just outside: the interval always holds its estimate.
-    return Interval(value, min(value, _clip(centre + shift - half)), max(value, _clip(centre + shift + half)), n)
+    return Interval.around(value, _clip(centre + shift - half), _clip(centre + shift + half), n)
 
 
 def _cells(a: ArrayLike, b: ArrayLike) -> tuple[int, int, int, int]:
