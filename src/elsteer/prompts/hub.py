@@ -1,0 +1,98 @@
+"""Rows of hub data sets. An unreachable hub is noticed within seconds: the hub's own client would retry for minutes."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from elsteer.errors import PromptError
+from elsteer.prompts.formats import PlacedRow
+
+__all__ = ["REACH_SECONDS", "HubError", "hub_problem", "hub_rows"]
+
+REACH_SECONDS = 5.0
+
+
+class HubError(PromptError):
+    """A data set that the hub did not give: `reason`, and the `remedy` other than reading a file instead."""
+
+    def __init__(self, reason: str, remedy: str) -> None:
+        super().__init__(f"{reason}, and no file has that name: {remedy}, or give a file.")
+        self.reason = reason
+        self.remedy = remedy
+
+
+def hub_problem(timeout: float = REACH_SECONDS) -> str | None:
+    """Why the hub cannot be reached, within `timeout` seconds; None if it answers or HF_HUB_OFFLINE is set."""
+    from huggingface_hub import constants, get_session
+
+    if constants.is_offline_mode():
+        return None
+    answer: list[str | None] = []
+    expected: tuple[type[Exception], ...] = (*_http_errors(), OSError, ValueError)
+
+    def ask() -> None:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=timeout)
+            answer.append(None)
+        except expected as error:
+            answer.append(str(error) or type(error).__name__)
+
+    # In a thread, because the look-up of a host name heeds no timeout.
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(timeout)
+    return answer[0] if answer else f"no answer in {timeout:g} seconds"
+
+
+def _http_errors() -> tuple[type[Exception], ...]:
+    # The hub client's HTTP library differs between its versions; its errors are the bases of the client's own error.
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return tuple(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception))
+
+
+def hub_rows(hub_id: str, *, config: str | None, split: str, revision: str | None) -> list[PlacedRow]:
+    """All rows of one split of a hub data set, read by the `datasets` library (which caches them).
+
+    Raises HubError if the hub does not answer, or the data set, its configuration or its split is missing or gated.
+    """
+    from huggingface_hub import constants
+
+    problem = hub_problem()
+    if problem is not None:
+        raise HubError(
+            f"{hub_id} could not be read from {constants.ENDPOINT} ({problem})",
+            "check the connection, or set HF_HUB_OFFLINE=1 if it was downloaded before",
+        )
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    expected: tuple[type[Exception], ...] = (DatasetsError, *_http_errors(), OSError, ValueError)
+    try:
+        data = load_dataset(hub_id, config, split=split, revision=revision)
+    except expected as error:
+        raise _explain(error, hub_id, split) from error
+    rows: list[dict[str, Any]] = data.to_list()
+    return [(f"row {number}", row) for number, row in enumerate(rows, start=1)]
+
+
+def _explain(error: Exception, hub_id: str, split: str) -> HubError:
+    from huggingface_hub import constants
+
+    text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    if len(text) > 240:
+        text = text[:237] + "..."
+    if constants.is_offline_mode():
+        return HubError(f"{hub_id}, split {split}, was not downloaded before ({text})", "unset HF_HUB_OFFLINE")
+    if "gated" in text.lower():
+        return HubError(
+            f"{hub_id} is gated, and this account has no access to it",
+            f"ask for access on {constants.ENDPOINT}/datasets/{hub_id} and log in with `hf auth login`",
+        )
+    if "config name is missing" in text.lower():
+        return HubError(f"{hub_id} has several configurations ({text})", f"choose one as {hub_id}:CONFIG")
+    return HubError(
+        f"the hub could not give {hub_id}, split {split} ({text})",
+        "check the id, the configuration and the split",
+    )
