@@ -20,7 +20,7 @@ def load_starter(split: str | None = None) -> list[Prompt]:
 
     Every prompt is one user message with source "starter". `category` is one of ten kinds of benign prompts that sound
     harmful, "plain" for plainly benign ones, or one of eight hazards for harmful ones. `family` joins a benign prompt
-    with the harmful one that differs from it by a few words; a family stands in one split only, so what is fitted on
+    with its harmful twin in like words; a family stands in one split only, so what is fitted on
     `train` and tuned on `dev` can be measured on `test`.
 
     Raises PromptError if `split` is none of "train", "dev" and "test".
