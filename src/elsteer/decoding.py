@@ -1,0 +1,230 @@
+"""Batched greedy decoding over prompt caches that can be used again.
+
+The chat prefix that all prompts share goes through the model once (`SharedPrefix`); the rest of each prompt but its last
+token goes through once per batch (`prefill`); everything after that (`decode`) starts from the prompt's last token, which
+is the first one that steering may move. So plain and steered runs, and all trials of a tuner, share one prefill.
+
+Shapes: B rows, P columns of a batch's prompts (left part shared, then pads, then the rows' own tokens), T new tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+__all__ = ["Decoded", "PromptBatch", "SharedPrefix", "batches", "decode", "prefill", "score", "share_prefix"]
+
+TOKENS_PER_BATCH = 4096  # columns x rows of one prefill; keeps activations small on small machines
+
+
+class Attached(Protocol):
+    """What decoding needs of a steering handle: the place of the prompts' ends, told before each forward pass."""
+
+    def prompts(self, lengths: Tensor, rows: Tensor | None = None) -> AbstractContextManager[None]: ...
+
+
+@dataclass(frozen=True)
+class SharedPrefix:
+    """Token ids that all prompts begin with and their key-value cache (one row); `cache` is None where sharing is unsafe."""
+
+    ids: list[int]
+    cache: Any | None
+
+
+@dataclass
+class PromptBatch:
+    """Prompts whose tokens but the last are in `cache`.
+
+    rows: their places in the caller's list, B of them; mask: (B, P) bool, False at pads; last: (B, 1) the last prompt token.
+    cache: P - 1 columns, or None where every prompt has a single token.
+    """
+
+    rows: list[int]
+    mask: Tensor
+    last: Tensor
+    cache: Any | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the cache holds."""
+        layers = [] if self.cache is None else self.cache.layers
+        return sum(t.numel() * t.element_size() for layer in layers for t in (layer.keys, layer.values) if t is not None)
+
+
+@dataclass
+class Decoded:
+    """What one batch gave. `tokens[i]` are row i's new tokens without the end token; `ended[i]`: it came to its own end."""
+
+    tokens: list[list[int]]
+    ended: list[bool]
+    first_logits: Tensor | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def share_prefix(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> SharedPrefix:
+    """The longest prefix common to all `rows` (at most their shortest length - 1), and its cache, computed once."""
+    shortest = min(rows, key=len)
+    length = 0
+    while length < len(shortest) - 1 and all(row[length] == shortest[length] for row in rows):
+        length += 1
+    ids = list(shortest[:length])
+    if length == 0 or not _can_share(model):
+        return SharedPrefix([], None)
+    with torch.inference_mode():
+        out = model(input_ids=torch.tensor([ids], device=model.device), use_cache=True, **_one_logit(model))
+    return SharedPrefix(ids, out.past_key_values)
+
+
+def batches(rows: Sequence[Sequence[int]], batch_size: int, *, tokens: int = TOKENS_PER_BATCH) -> Iterator[list[int]]:
+    """Places of rows of similar length, longest first (so that memory runs out at once or never)."""
+    order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
+    at = 0
+    while at < len(order):
+        size = max(1, min(batch_size, tokens // max(1, len(rows[order[at]]))))
+        yield order[at : at + size]
+        at += size
+
+
+def prefill(model: PreTrainedModel, rows: Sequence[Sequence[int]], places: list[int], shared: SharedPrefix) -> PromptBatch:
+    """Run the prompts at `places` of `rows` (token ids) through the model, all but their last token."""
+    device, start = model.device, len(shared.ids)
+    own = [list(rows[place][start:]) for place in places]
+    width = max(len(ids) for ids in own)
+    ids = torch.tensor([[0] * (width - len(o)) + o for o in own], device=device)
+    real = torch.tensor([[0] * (width - len(o)) + [1] * len(o) for o in own], device=device, dtype=torch.bool)
+    mask = torch.cat([real.new_ones(len(places), start), real], dim=1)
+    cache = expand(shared.cache, len(places)) if shared.cache is not None else None
+    if width > 1:
+        with torch.inference_mode():
+            out = _forward(model, ids[:, :-1], mask[:, :-1], cache)
+        cache = out.past_key_values
+    return PromptBatch(list(places), mask, ids[:, -1:], cache)
+
+
+def decode(
+    model: PreTrainedModel,
+    batch: PromptBatch,
+    *,
+    max_new_tokens: int,
+    end_ids: set[int],
+    decided: Callable[[int, list[int]], bool] | None = None,
+    steering: Attached | None = None,
+    on_step: Callable[[int, list[int]], None] | None = None,
+) -> Decoded:
+    """Greedy decoding from the prompts' last tokens; a row stops at an end token, when `decided(i, tokens)` or at the limit.
+
+    i counts the rows of the batch. The batch's cache is left as it was. `on_step(t, alive)` is called after forward pass t
+    (0 is the prompt's last token) with the batch rows that took part, in the order of the pass: for state capture.
+    Rows that have stopped leave the batch, so that the rest runs faster.
+    """
+    count = len(batch.rows)
+    done = Decoded([[] for _ in range(count)], [False] * count)
+    alive = list(range(count))
+    cache, mask, ids = clone(batch.cache), batch.mask, batch.last
+    lengths = mask.sum(dim=1)
+    first: list[Tensor] = []
+    with torch.inference_mode():
+        for step in range(max_new_tokens):
+            rows = torch.tensor([batch.rows[i] for i in alive])
+            with steering.prompts(lengths, rows) if steering is not None else nullcontext():
+                out = _forward(model, ids, mask, cache)
+            if on_step is not None:
+                on_step(step, alive)
+            cache = out.past_key_values
+            logits = out.logits[:, -1].float()
+            if step == 0:
+                first.append(logits)
+            chosen = logits.argmax(dim=-1)
+            keep: list[int] = []
+            for at, (i, token) in enumerate(zip(alive, chosen.tolist(), strict=True)):
+                if token in end_ids:
+                    done.ended[i] = True
+                    continue
+                done.tokens[i].append(token)
+                if decided is None or not decided(i, done.tokens[i]):
+                    keep.append(at)
+            if not keep or step == max_new_tokens - 1:
+                break
+            if len(keep) < len(alive):
+                index = torch.tensor(keep, device=mask.device)
+                cache.batch_select_indices(index)
+                mask, lengths, chosen = mask[index], lengths[index], chosen[index]
+                alive = [alive[at] for at in keep]
+            mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
+            ids = chosen[:, None]
+    done.first_logits = first[0] if first else None
+    return done
+
+
+def score(
+    model: PreTrainedModel, batch: PromptBatch, answers: Sequence[Sequence[int]], *, steering: Attached | None = None
+) -> list[Tensor]:
+    """Logits (len(answer), vocabulary) float32 of each row's given answer, in one pass after the prompts' caches.
+
+    `answers[i]` belongs to batch row i, none empty; position t predicts answer token t, so the first comes from the
+    prompt's last token. The batch's cache is left as it was.
+    """
+    width = max(len(answer) for answer in answers)
+    device = batch.mask.device
+    padded = torch.tensor([[*a[:-1], *[0] * (width - len(a))] for a in answers], device=device, dtype=torch.long)
+    real = torch.tensor([[1] * (len(a) - 1) + [0] * (width - len(a)) for a in answers], device=device, dtype=torch.bool)
+    ids = torch.cat([batch.last, padded], dim=1)
+    mask = torch.cat([batch.mask, real.reshape(len(answers), width - 1)], dim=1)
+    lengths, rows = batch.mask.sum(dim=1), torch.tensor(batch.rows)
+    with torch.inference_mode(), steering.prompts(lengths, rows) if steering is not None else nullcontext():
+        logits = _forward(model, ids, mask, clone(batch.cache), every_logit=True).logits
+    return [logits[i, : len(answer)].float() for i, answer in enumerate(answers)]
+
+
+def clone(cache: Any | None) -> Any | None:
+    """A cache that can grow by itself. Tensors are shared: dynamic layers append by concatenation, never in place."""
+    if cache is None:
+        return None
+    if _plain(cache):
+        new = copy.copy(cache)
+        new.layers = [copy.copy(layer) for layer in cache.layers]
+        return new
+    return copy.deepcopy(cache)
+
+
+def expand(cache: Any, rows: int) -> Any:
+    """One row's cache for `rows` rows, without a copy until it grows."""
+    new = clone(cache)
+    for layer in new.layers:
+        layer.keys = layer.keys.expand(rows, *layer.keys.shape[1:])
+        layer.values = layer.values.expand(rows, *layer.values.shape[1:])
+    return new
+
+
+def _plain(cache: Any) -> bool:
+    return type(cache) is DynamicCache
+
+
+def _can_share(model: PreTrainedModel) -> bool:
+    # Sliding windows and recurrent states depend on absolute columns or are changed in place: those models prefill in full.
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"])
+    return kinds == {"full_attention"} and not getattr(model.config.get_text_config(), "sliding_window", None)
+
+
+def _forward(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Any | None, *, every_logit: bool = False) -> Any:
+    positions = (mask.long().cumsum(dim=1) - 1).clamp_min(0)[:, -ids.shape[1] :]
+    extra: dict[str, Any] = {} if every_logit else _one_logit(model)
+    if _accepts(model, "position_ids"):
+        extra["position_ids"] = positions
+    return model(input_ids=ids, attention_mask=mask.long(), past_key_values=cache, use_cache=True, **extra)
+
+
+def _one_logit(model: PreTrainedModel) -> dict[str, Any]:
+    return {"logits_to_keep": 1} if _accepts(model, "logits_to_keep") else {}
+
+
+def _accepts(model: PreTrainedModel, name: str) -> bool:
+    return name in inspect.signature(model.forward).parameters

@@ -1,0 +1,101 @@
+"""The steering step: K steps down the energy, in r numbers, with two products of the hidden size in all.
+
+With z = W' h + b', s = df/dz, P = I - U U^T (U: an orthonormal basis of the guarded directions, P = I without guard),
+G = W' P W'^T (r x r, precomputed) and eta the step's length in units of h:
+
+    |P grad_h E|^2 = s^T G s
+    z <- z - (eta / |P grad_h E|) G s           K times, while E > tau (the gate)
+    h_K = h_0 - P W'^T sum_k (eta / |P grad_h E|_k) s_k
+
+The guard keeps h's coordinates along U, so steering may change the decision but not what the model thinks the request is.
+Exact, not an approximation: equal to K normalised gradient steps on h by autograd. After DESIGN's derivation of ELS
+(arXiv 2510.08646), whose own loop takes K full backward passes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from elsteer.energy.model import energy_of, slope_of
+
+__all__ = ["Descent"]
+
+TINY = 1e-12
+
+
+class Descent(nn.Module):
+    """One layer's steering step. All tensors are float32 buffers and move with `.to(device)`.
+
+    tensors: the energy model of the layer (`EnergyModels.tensors_of`); guard: (d, k) orthonormal columns, k may be 0.
+    eta: length of one step in units of the layer's root-mean-square state norm, scale * sqrt(d); steps: K.
+    gate: tau, rows at or below it stay; None moves every row.
+    """
+
+    down: Tensor
+    shift: Tensor
+    up: Tensor
+    gram: Tensor
+
+    def __init__(
+        self, tensors: dict[str, Tensor], *, eta: float, steps: int, gate: float | None = None, guard: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        weight = tensors["weight"].double() / tensors["scale"].double()
+        shift = tensors["bias"].double() - weight @ tensors["mean"].double()
+        guarded = weight
+        if guard is not None and guard.shape[1] > 0:
+            basis = guard.to(weight.device).double()
+            guarded = weight - (weight @ basis) @ basis.T
+        self.register_buffer("down", weight.float())
+        self.register_buffer("shift", shift.float())
+        self.register_buffer("up", guarded.float())
+        self.register_buffer("gram", (guarded @ guarded.T).float())
+        rest = {"weight", "bias", "mean", "scale"}
+        self._names = [name for name in tensors if name not in rest]
+        for name in self._names:
+            self.register_buffer(_flat(name), tensors[name].float().clone())
+        self.eta, self.steps, self.gate = eta, steps, gate
+        self.unit = float(tensors["scale"]) * math.sqrt(weight.shape[1])
+
+    def _head(self) -> dict[str, Tensor]:
+        return {name: getattr(self, _flat(name)) for name in self._names}
+
+    def energy(self, states: Tensor) -> Tensor:
+        """Energies (n,) of states (n, d)."""
+        return energy_of(self._head(), torch.addmm(self.shift, states.float(), self.down.T))
+
+    def delta(self, states: Tensor, strength: Tensor | float = 1.0) -> Tensor:
+        """What to add to states (n, d), float32; strength: one number or (n,), multiplies eta."""
+        return -(self._total(states, strength) @ self.up)
+
+    def path(self, states: Tensor, strength: Tensor | float = 1.0) -> Tensor:
+        """The states on the way, (steps + 1, n, d): for pictures and tests; `delta` does it in one product."""
+        stops = [states.float()]
+        for steps in range(1, self.steps + 1):
+            stops.append(states.float() - self._total(states, strength, steps) @ self.up)
+        return torch.stack(stops)
+
+    def _total(self, states: Tensor, strength: Tensor | float, steps: int | None = None) -> Tensor:
+        head = self._head()
+        z = torch.addmm(self.shift, states.float(), self.down.T)
+        length: Tensor | float = self.eta * self.unit * strength
+        if isinstance(length, Tensor):
+            length = length.to(z)[:, None]
+        total = torch.zeros_like(z)
+        for _ in range(self.steps if steps is None else steps):
+            energy, slope = slope_of(head, z)
+            moved = slope @ self.gram
+            norm = (slope * moved).sum(dim=-1, keepdim=True).clamp_min(0).sqrt()
+            factor = length / (norm + TINY)
+            if self.gate is not None:
+                factor = torch.where((energy > self.gate)[:, None], factor, 0.0)
+            total = total + factor * slope
+            z = z - factor * moved
+        return total
+
+
+def _flat(name: str) -> str:
+    return name.replace(".", "_")
