@@ -6,8 +6,9 @@ import os
 from pathlib import Path
 
 import pytest
-from tiny import tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tiny import tiny_model, tiny_tokenizer
 
 REAL = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
 

@@ -1,7 +1,7 @@
-"""Tiny models and tokenizers made in code: every family that elsteer supports, no network, no files, milliseconds each.
+"""Tiny models and tokenizers made in code: all families that elsteer supports, no network, in milliseconds.
 
-The weights are random but the same for the same seed on every machine that runs the same torch; the tokenizer spells any
-text in bytes, so that no text is unknown to it.
+The weights are random but the same for the same seed on every machine that runs the same torch; the tokenizer spells
+any text in bytes, so that no text is unknown to it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ _CHATML = (
 _QWEN3 = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
-    "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
+    "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{% endif %}"
 )
 _LLAMA3 = (
     "{% for m in messages %}{% set text = '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n'"
@@ -47,7 +48,8 @@ _MISTRAL = (
     "{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
 )
 _GEMMA = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{{ bos_token }}"
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     "{% for m in messages %}{% set role = 'model' if m['role'] == 'assistant' else m['role'] %}"
     "{{ '<start_of_turn>' + role + '\n' + m['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
@@ -140,7 +142,8 @@ def tiny_tokenizer(template: str = "chatml") -> PreTrainedTokenizerFast:
 def tiny_model(family: str = "qwen2", seed: int = 0, **config: Any) -> PreTrainedModel:
     """A causal language model of 4 layers, hidden size 32, in float32 and eval mode, with random weights set by `seed`.
 
-    family: one of FAMILIES. config: further settings of its configuration, such as num_hidden_layers=2 (n_layer for gpt2).
+    family: one of FAMILIES. config: further settings of its configuration, such as num_hidden_layers=2 (n_layer=2 for
+    gpt2).
     """
     model_type, settings = _FAMILIES[family]
     made = AutoConfig.for_model(

@@ -1,1 +1,29 @@
-"""."""
+"""Models: loading them, their decoder blocks, their chats as token ids, and their fingerprint."""
+
+from elsteer.models.blocks import blocks_path, decoder_blocks, decoder_of, hidden_size, num_layers
+from elsteer.models.cache import elsteer_cache
+from elsteer.models.chat import context_length, effective_thinking, encode_chat, left_pad, render_chat, template_hash
+from elsteer.models.load import load, source_of
+from elsteer.models.mirror import MIRRORS, Mirror, available, fetch, where
+
+__all__ = [
+    "MIRRORS",
+    "Mirror",
+    "available",
+    "blocks_path",
+    "context_length",
+    "decoder_blocks",
+    "decoder_of",
+    "effective_thinking",
+    "elsteer_cache",
+    "encode_chat",
+    "fetch",
+    "hidden_size",
+    "left_pad",
+    "load",
+    "num_layers",
+    "render_chat",
+    "source_of",
+    "template_hash",
+    "where",
+]

