@@ -212,6 +212,16 @@ def test_a_hub_that_accepts_and_never_answers_is_given_up(monkeypatch: pytest.Mo
         assert time.perf_counter() - started < 5
 
 
+def test_a_host_name_that_is_looked_up_for_ever_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    def get_session() -> None:
+        time.sleep(1)
+        raise OSError("too late")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.get_session", get_session)
+    assert hub_problem(timeout=0.2) == "no answer in 0.2 seconds"
+
+
 @pytest.mark.parametrize(
     ("said_by_hub", "said"),
     [

@@ -143,6 +143,15 @@ def test_the_shares_hold_within_each_label_and_source() -> None:
         assert all(abs(counts[kind] - share * n) <= 2 for kind, n in total.items())
 
 
+def test_the_order_of_the_prompts_decides_nothing_about_groups() -> None:
+    prompts = [Prompt.of(p.text + mark, p.harmful) for p in _many(60) for mark in ("", " !", " ?!")]
+    ids = [
+        {name: [p.id for p in rows] for name, rows in split_prompts(order).items()}
+        for order in (prompts, prompts[::-1])
+    ]
+    assert ids[0] == ids[1]
+
+
 def test_another_seed_gives_another_split() -> None:
     prompts = _many(100)
     ids = [[p.id for p in split_prompts(prompts, seed=seed)["test"]] for seed in (0, 0, 1)]
