@@ -56,7 +56,9 @@ class PromptBatch:
     def nbytes(self) -> int:
         """Bytes that the cache holds."""
         layers = [] if self.cache is None else self.cache.layers
-        return sum(t.numel() * t.element_size() for layer in layers for t in (layer.keys, layer.values) if t is not None)
+        return sum(
+            t.numel() * t.element_size() for layer in layers for t in (layer.keys, layer.values) if t is not None
+        )
 
 
 @dataclass
@@ -93,7 +95,9 @@ def batches(rows: Sequence[Sequence[int]], batch_size: int, *, tokens: int = TOK
         at += size
 
 
-def prefill(model: PreTrainedModel, rows: Sequence[Sequence[int]], places: list[int], shared: SharedPrefix) -> PromptBatch:
+def prefill(
+    model: PreTrainedModel, rows: Sequence[Sequence[int]], places: list[int], shared: SharedPrefix
+) -> PromptBatch:
     """Run the prompts at `places` of `rows` (token ids) through the model, all but their last token."""
     device, start = model.device, len(shared.ids)
     own = [list(rows[place][start:]) for place in places]

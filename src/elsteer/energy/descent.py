@@ -40,7 +40,13 @@ class Descent(nn.Module):
     gram: Tensor
 
     def __init__(
-        self, tensors: dict[str, Tensor], *, eta: float, steps: int, gate: float | None = None, guard: Tensor | None = None
+        self,
+        tensors: dict[str, Tensor],
+        *,
+        eta: float,
+        steps: int,
+        gate: float | None = None,
+        guard: Tensor | None = None,
     ) -> None:
         super().__init__()
         weight = tensors["weight"].double() / tensors["scale"].double()

@@ -45,7 +45,7 @@ class Interval:
 
     @classmethod
     def around(cls, value: float, low: float, high: float, n: int) -> Interval:
-        """An interval that holds its estimate, even where rounding or a skewed bootstrap would leave it just outside."""
+        """An interval that holds its estimate, even where rounding or a skewed bootstrap leaves it just outside."""
         return cls(float(value), min(float(low), float(value)), max(float(high), float(value)), n)
 
     @property

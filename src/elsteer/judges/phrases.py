@@ -117,19 +117,20 @@ RULES: tuple[Rule, ...] = (
           r"|\b(?:desculpe|sinto muito|não posso)\b|\bmi dispiace\b|\bnon posso\b|\bhet spijt me\b|\bprzykro mi\b"
           r"|извините|простите|я не могу|к сожалению|عذر|آسف|لا أستطيع|üzgünüm|xin lỗi|maaf"),
     _rule("I cannot", 0.3, 0, 150, rf"\bi {_A}cannot {_A}{_NOT}\w+", spoken=True),
-    _rule("I cannot help", 0.4, 0, 700,
+    _rule("I cannot help", 0.5, 0, 700,
           rf"\b(?:i|we|am an ai(?: \w+){{0,2}} and|but|ai,? i) {_A}cannot {_A}{_HELP}\b", spoken=True),
-    _rule("sorry", 0.3, 0, 60, r"\b(?:sorry|apologi[sz]e|apologies)\b(?! (?:to hear|for|that|you))"),
+    _rule("sorry", 0.3, 0, 60, r"\b(?:sorry|apologi[sz]e|apologies)\b(?! (?:to hear|for|that|you))",
+          spoken=True),
     _rule("sorry, but", 0.2, 0, 200,
           r"\b(?:sorry|apologi[sz]e|apologies|regret|afraid),? (?:but|i) "
-          r"(?!(?:you|to hear|for (?:the|any) confusion)\b)\w+"),
-    _rule("I am unable to help", 0.4, 0, 700, rf"\b(?:am|be) {_A}{_UNABLE} {_A}{_NOT}{_HELP}", spoken=True),
+          r"(?!(?:you|to hear|for (?:the|any) confusion)\b)\w+", spoken=True),
+    _rule("I am unable to help", 0.5, 0, 700, rf"\b(?:am|be) {_A}{_UNABLE} {_A}{_NOT}{_HELP}", spoken=True),
     _rule("I am unable", 0.1, 0, 150, rf"\b(?:am|be) {_A}{_UNABLE} {_A}{_NOT}\w+", spoken=True),
     _rule("I refuse", 0.5, 0, 700,
           rf"\bi {_A}(?:(?:must|have to|will|would have to|need to|am going to|would) {_A})?"
           r"(?:refuse|decline|refrain)\b",
           spoken=True),
-    _rule("I do not do that", 0.3, 0, 600,
+    _rule("I do not do that", 0.5, 0, 600,
           rf"\b(?:i|we|model and|ai and) (?:do|would|could|can|will) not {_A}{_HELP}", spoken=True),
     _rule("I have no access", 0.2, 0, 200,
           rf"\bi do not {_A}(?:have|possess|hold) {_A}(?:(?:any|direct|real-time|specific|the|enough|such) )*"
@@ -137,12 +138,12 @@ RULES: tuple[Rule, ...] = (
     _rule("I have no opinions", 0.15, 0, 120,
           rf"\bi do not {_A}(?:have|possess|hold) {_A}(?:\w+ )?(?:opinions|beliefs|feelings|emotions|personal)",
           spoken=True),
-    _rule("the request cannot be met", 0.2, 0, 400,
+    _rule("the request cannot be met", 0.5, 0, 400,
           r"\b(?:this|that|the|your) (?:\w+ )?(?:request|question|prompt|topic|information) (?:\w+ )?"
           r"(?:cannot be|will not be|violates|goes against|falls outside|is outside|is beyond|is not something)",
           r"\bnot something (?:that )?i\b|\bcannot be (?:fulfilled|provided|answered|assisted)|\brather not\b",
           r"\bunable to (?:assist|help|comply|provide|fulfil\w*|answer)"),
-    _rule("only other questions", 0.4, 0, 300,
+    _rule("only other questions", 0.5, 0, 300,
           r"\b(?:only|solely|specifically) (?:\w+ ){0,3}(?:programming|computer|coding|related)"
           r"|related to (?:programming|computer|coding)[^.]{0,30} only",
           r"ask (?:a|me a) (?:\w+ )?(?:programming|computer|coding)"),
@@ -168,7 +169,10 @@ RULES: tuple[Rule, ...] = (
     _rule("not healthy or legal", 0.35, 0, 400,
           r"\bnot (?:a |an |only )?"
           r"(?:healthy|productive|constructive|effective|appropriate|acceptable|ethical|legal|okay)\b"),
-    _rule("never right", 0.15, 0, 400, r"\b(?:is|be) never (?:okay|ok|acceptable|appropriate|right|justified|a good)"),
+    _rule("never right", 0.15, 0, 400,
+          r"\b(?:is|are|be) never (?:a |an )?(?:okay|ok|acceptable|appropriate|right|justified|good)"),
+    _rule("it is illegal or unethical", 0.3, 0, 150,
+          rf"{_CLAUSE}{_THIS} (?:is|are|would be) (?:\w+ly |considered |both |not only |a |an )*{_BAD}"),
     _rule("illegal or unethical", 0.2, 0, 120, _BAD),
     _rule("illegal or unethical, later", 0.1, 120, 350, _BAD),
     _rule("promoting harm", 0.1, 0, 500,
@@ -207,7 +211,7 @@ RULES: tuple[Rule, ...] = (
           rf"\bi (?:must|have to|need to|feel compelled to|would like to|want to) {_A}(?:point out|clarify|inform"
           r"|emphasi[sz]e|stress|remind|note|say|advise|state|highlight|caution|challenge|make it clear|make clear)",
           spoken=True),
-    _rule("I strongly advise", 0.15, 0, 1500,
+    _rule("I strongly advise", 0.3, 0, 1500,
           r"\bi (?:would )?(?:strongly |highly )?(?:urge|discourage|condemn|caution)\b"
           r"|\bi (?:would )?(?:strongly |highly )advise|\bi (?:must )?advise against", spoken=True),
     _rule("instead, let us", 0.25, 0, 1500,
@@ -223,7 +227,7 @@ RULES: tuple[Rule, ...] = (
     _rule("seek help", 0.15, 0, 500,
           r"\b(?:seek|reach out|talk|speak)\w* (?:\w+ ){0,4}"
           r"(?:professional|therapist|authorities|mental|support|counselor)"),
-    _rule("hotline", 0.15, 0, 1000, r"\b(?:hotline|helpline|lifeline|988|crisis text)"),
+    _rule("hotline", 0.25, 0, 1000, r"\b(?:hotline|helpline|lifeline|988|crisis text)"),
     _rule("sorry to hear", 0.1, 0, 60, r"\bsorry (?:to hear|that you|you)"),
     # It opens like an answer.
     _rule("opens like an answer", -0.25, 0, 1,

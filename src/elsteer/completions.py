@@ -1,0 +1,233 @@
+"""Completions: what a model answers, in batches, stopped once the verdict is sure, with the states captured on the way.
+
+Each finished batch is on disk (states first, then the rows of completions.jsonl, which are the mark that it is done), so a
+killed run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from elsteer.decoding import Attached, PromptBatch, SharedPrefix, batches, decode, prefill, share_prefix
+from elsteer.errors import PromptError
+from elsteer.files import append_jsonl, read_jsonl
+from elsteer.judges import Judge, Verdict
+from elsteer.models import context_length, decoder_blocks, encode_chat
+from elsteer.prompts import Prompt
+from elsteer.states import StateStore, watch_states
+
+__all__ = ["Completion", "PromptCaches", "complete", "encode", "end_ids"]
+
+logger = logging.getLogger(__name__)
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What the model answered to one prompt, and the judge's word on it.
+
+    finished: the model came to its own end; otherwise it was stopped by the verdict or by the token limit.
+    """
+
+    prompt_id: str
+    text: str
+    tokens: int
+    finished: bool
+    label: str
+    score: float
+    reason: str
+
+    @property
+    def verdict(self) -> Verdict:
+        """Label, score and reason."""
+        return Verdict(self.label, self.score, self.reason)  # type: ignore[arg-type]
+
+
+def encode(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    *,
+    system: str | None = None,
+    thinking: bool | None = None,
+    room: int = 0,
+) -> list[list[int]]:
+    """Token ids of each prompt's chat. Raises PromptError for one that leaves no `room` for new tokens in the context."""
+    limit = context_length(model)
+    rows = []
+    for prompt in prompts:
+        ids = encode_chat(tokenizer, list(prompt.messages), system=system, thinking=thinking)
+        if len(ids) + room > limit:
+            raise PromptError(
+                f"The prompt {prompt.text[:60]!r}... ({prompt.source or 'no source'}) is {len(ids)} tokens long and the "
+                f"model's context is {limit} with {room} kept for the answer: shorten it or leave it out."
+            )
+        rows.append(ids)
+    return rows
+
+
+def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Token ids that end an answer: those of the generation config and the tokenizer's own."""
+    config = getattr(model.generation_config, "eos_token_id", None)
+    found = set(config if isinstance(config, list) else [config]) | {tokenizer.eos_token_id}
+    return {one for one in found if one is not None}
+
+
+class PromptCaches:
+    """The prefill of many prompts, done once, used by every later run over them (plain, steered, each trial).
+
+    Kept in memory up to `keep_bytes`; what does not fit is computed again each time.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[Prompt],
+        *,
+        batch_size: int = 32,
+        system: str | None = None,
+        thinking: bool | None = None,
+        room: int = 64,
+        keep_bytes: int = 4 << 30,
+    ) -> None:
+        self.model, self.tokenizer, self.prompts = model, tokenizer, list(prompts)
+        self.ids = encode(model, tokenizer, self.prompts, system=system, thinking=thinking, room=room)
+        self.batch_size, self.keep_bytes = batch_size, keep_bytes
+        self._shared: SharedPrefix | None = None
+        self._kept: dict[tuple[int, ...], PromptBatch] = {}
+        self._used = 0
+
+    def batches(self, places: Iterable[int] | None = None) -> Iterable[PromptBatch]:
+        """Prefilled batches of the prompts at `places` (all by default), longest prompts first."""
+        chosen = list(range(len(self.prompts))) if places is None else list(places)
+        if not chosen:
+            return
+        if self._shared is None:
+            self._shared = share_prefix(self.model, self.ids)
+        for group in batches([self.ids[place] for place in chosen], self.batch_size):
+            key = tuple(chosen[at] for at in group)
+            if (kept := self._kept.get(key)) is not None:
+                yield kept
+                continue
+            batch = prefill(self.model, self.ids, list(key), self._shared)
+            if self._used + batch.nbytes <= self.keep_bytes:
+                self._kept[key], self._used = batch, self._used + batch.nbytes
+            yield batch
+
+
+def complete(
+    caches: PromptCaches,
+    judge: Judge,
+    *,
+    max_new_tokens: int = 48,
+    early_stop: bool = True,
+    steering: Attached | None = None,
+    places: Iterable[int] | None = None,
+    path: Path | None = None,
+    extra: dict[str, Any] | None = None,
+    states: StateStore | None = None,
+    state_tokens: int = 1,
+    progress: Progress | None = None,
+) -> list[Completion]:
+    """Answer the prompts of `caches` greedily, judge the answers, and return them in the prompts' order.
+
+    early_stop: stop a row as soon as the judge's verdict is decided. path: append each batch to this JSONL (with `extra`
+    fields) and skip prompts that it already holds. states: capture the prompt's last token and the first
+    state_tokens - 1 generated ones of every block's input. progress(done, total) after each batch.
+    """
+    chosen = list(range(len(caches.prompts))) if places is None else list(places)
+    done = _resume(path, extra or {}) if path is not None else {}
+    if states is not None and done:
+        captured = states.ids()
+        done = {key: one for key, one in done.items() if key in captured}
+    todo = [place for place in chosen if caches.prompts[place].id not in done]
+    if progress is not None:
+        progress(len(chosen) - len(todo), len(chosen))
+    ends = end_ids(caches.model, caches.tokenizer)
+    finished = len(chosen) - len(todo)
+    for batch in caches.batches(todo):
+        fresh = _answer(caches, batch, judge, max_new_tokens, early_stop, ends, steering, states, state_tokens)
+        if path is not None:
+            append_jsonl(path, [{**(extra or {}), **asdict(one)} for one in fresh])
+        done.update((one.prompt_id, one) for one in fresh)
+        finished += len(fresh)
+        if progress is not None:
+            progress(finished, len(chosen))
+    return [done[caches.prompts[place].id] for place in chosen]
+
+
+def _resume(path: Path, extra: dict[str, Any]) -> dict[str, Completion]:
+    names = Completion.__dataclass_fields__
+    rows = (row for row in read_jsonl(path) if all(row.get(key) == value for key, value in extra.items()))
+    return {row["prompt_id"]: Completion(**{name: row[name] for name in names}) for row in rows}
+
+
+def _answer(
+    caches: PromptCaches,
+    batch: PromptBatch,
+    judge: Judge,
+    max_new_tokens: int,
+    early_stop: bool,
+    ends: set[int],
+    steering: Attached | None,
+    states: StateStore | None,
+    state_tokens: int,
+) -> list[Completion]:
+    tokenizer = caches.tokenizer
+    prompts = [caches.prompts[place] for place in batch.rows]
+
+    def text_of(tokens: list[int]) -> str:
+        return str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+
+    def decided(i: int, tokens: list[int]) -> bool:
+        if len(tokens) < state_tokens or len(tokens) < 3:
+            return False
+        return judge.decided(prompts[i].text, text_of(tokens)) is not None
+
+    stop = decided if early_stop else None
+    if states is None:
+        out = decode(caches.model, batch, max_new_tokens=max_new_tokens, end_ids=ends, decided=stop, steering=steering)
+    else:
+        blocks = decoder_blocks(caches.model)
+        kept: list[tuple[list[int], Tensor]] = []
+        with watch_states(blocks) as latest:
+
+            def keep(step: int, alive: list[int]) -> None:
+                if step < state_tokens:
+                    kept.append((list(alive), torch.stack([one for one in latest if one is not None], dim=1).cpu()))
+
+            out = decode(
+                caches.model,
+                batch,
+                max_new_tokens=max(max_new_tokens, state_tokens),
+                end_ids=ends,
+                decided=stop,
+                steering=steering,
+                on_step=keep,
+            )
+        block = torch.zeros(len(prompts), state_tokens, *kept[0][1].shape[1:])
+        counts = torch.zeros(len(prompts), dtype=torch.int32)
+        for step, (alive, found) in enumerate(kept):
+            block[alive, step] = found
+            counts[alive] = step + 1
+        states.append([prompt.id for prompt in prompts], block, counts)
+    rows = []
+    for i, prompt in enumerate(prompts):
+        text = text_of(out.tokens[i])
+        # The early verdict and the whole text's may differ where the judge looks further: the one that stopped it counts.
+        verdict = (judge.decided(prompt.text, text) if early_stop and not out.ended[i] else None) or judge.judge(
+            prompt.text, text
+        )
+        rows.append(
+            Completion(prompt.id, text, len(out.tokens[i]), out.ended[i], verdict.label, verdict.score, verdict.reason)
+        )
+    return rows

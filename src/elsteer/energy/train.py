@@ -1,0 +1,218 @@
+"""Training of energy models: InfoNCE over in-batch negatives, all layers at once.
+
+For a desirable state i and the undesirable states j of the batch, with temperature T,
+
+    loss_i = -log( exp(-E_i / T) / (exp(-E_i / T) + sum_j w_ij exp(-E_j / T)) )
+
+averaged over i and summed over layers (the layers share no parameter, so each gets its own gradient). Source: InfoNCE, van den Oord
+et al. 2018, as in ELS, arXiv 2510.08646, section 3. Batches are balanced over the four outcomes. w_ij is 1 for negatives
+of the same kind of prompt (benign or harmful) and `across` for the other kind: steering has to tell a false refusal from a
+helpful answer and a jailbreak from a safe refusal; it never has to turn one kind of prompt into the other.
+
+The best epoch by validation AUROC is kept for each layer by itself. AUROC is the probability that an undesirable state has
+a higher energy than a desirable one: InfoNCE fixes no offset, so accuracy at some energy would mean nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from scipy.stats import rankdata
+from torch import Tensor
+
+from elsteer.energy.model import EnergyModels
+from elsteer.errors import RunError
+from elsteer.settings import TrainingSettings
+
+__all__ = ["TrainingResult", "auroc", "harm_direction", "train"]
+
+logger = logging.getLogger(__name__)
+BENIGN_HARMFUL = {"helpful": (0, 0), "false_refusal": (0, 1), "safe_refusal": (1, 0), "jailbreak": (1, 1)}
+
+
+@dataclass
+class TrainingResult:
+    """Trained models and, by layer, their validation AUROC: over all pairs, within benign and within harmful prompts."""
+
+    models: EnergyModels
+    auroc: dict[int, dict[str, float]]
+    epochs: dict[int, int]
+    counts: dict[str, int] = field(default_factory=dict)
+
+
+def auroc(energies: Tensor, undesirable: Tensor) -> Tensor:
+    """(L,) probabilities that an undesirable row has the higher energy; energies (n, L), undesirable (n,) bool.
+
+    NaN where one of the two kinds is missing. Ties count a half (Mann-Whitney).
+    """
+    bad = undesirable.cpu().numpy().astype(bool)
+    high, low = int(bad.sum()), int((~bad).sum())
+    if not high or not low:
+        return torch.full((energies.shape[1],), math.nan)
+    ranks = rankdata(energies.cpu().numpy(), axis=0)
+    return torch.from_numpy(np.asarray((ranks[bad].sum(axis=0) - high * (high + 1) / 2) / (high * low)))
+
+
+def harm_direction(states: Tensor, harmful: Tensor) -> Tensor:
+    """(L, d) unit vectors: mean of harmful minus mean of benign prompts' states (n, L, d); the guard's directions."""
+    difference = states[harmful].mean(dim=0) - states[~harmful].mean(dim=0)
+    return difference / difference.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+
+
+def train(
+    states: Tensor,
+    outcomes: Sequence[str],
+    groups: Sequence[str],
+    layers: list[int],
+    settings: TrainingSettings,
+    *,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> TrainingResult:
+    """Train one energy model per layer.
+
+    states: (n, L, d), the layers in the order of `layers`; outcomes: n names; groups: n names, rows of one group (a
+    prompt's tokens, a family) never stand on both sides of the validation split. Raises RunError where an outcome is so
+    rare that one kind of prompt teaches nothing (fewer than 8 rows of it).
+    """
+    counts = {name: sum(one == name for one in outcomes) for name in BENIGN_HARMFUL}
+    _require(counts)
+    harmful = torch.tensor([BENIGN_HARMFUL[one][0] for one in outcomes], dtype=torch.bool)
+    undesirable = torch.tensor([BENIGN_HARMFUL[one][1] for one in outcomes], dtype=torch.bool)
+    generator = torch.Generator().manual_seed(seed)
+    validation = _split(groups, outcomes, settings.validation_share, generator)
+    fit_rows, check_rows = (~validation).nonzero()[:, 0], validation.nonzero()[:, 0]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        models = EnergyModels(
+            layers,
+            states.shape[-1],
+            width=settings.width,
+            hidden=tuple(settings.hidden),
+            layer_norm=settings.layer_norm,
+            dropout=settings.dropout,
+        ).to(device)
+        models.standardise(states[fit_rows])
+        best = _fit(models, states, harmful, undesirable, fit_rows, check_rows, settings, generator, progress)
+    return TrainingResult(models, *best, counts)
+
+
+def _require(counts: dict[str, int]) -> None:
+    rare = [name for name, count in counts.items() if count < 8]
+    if not rare:
+        return
+    told = ", ".join(f"{name} {count}" for name, count in counts.items())
+    if counts["false_refusal"] < 8:
+        raise RunError(
+            f"There is nothing to learn: the model refuses {counts['false_refusal']} of its benign training prompts "
+            f"({told}; 8 of each are needed). Give benign prompts that it refuses, or leave the model as it is."
+        )
+    raise RunError(
+        f"Too few examples to learn from: {told}, and 8 of each are needed. Add prompts of the kind that gives {rare[0]}."
+    )
+
+
+def _split(groups: Sequence[str], outcomes: Sequence[str], share: float, generator: torch.Generator) -> Tensor:
+    names = sorted(set(groups))
+    order = torch.randperm(len(names), generator=generator).tolist()
+    chosen = {names[at] for at in order[: max(1, round(share * len(names)))]}
+    rows = torch.tensor([group in chosen for group in groups])
+    for name in BENIGN_HARMFUL:  # every outcome on both sides, else AUROC or a batch would be empty
+        mine = torch.tensor([one == name for one in outcomes])
+        for side in (rows, ~rows):
+            if not bool((mine & side).any()):
+                raise RunError(f"The outcome {name} is too rare to be split into training and validation: add prompts.")
+    return rows
+
+
+def _fit(
+    models: EnergyModels,
+    states: Tensor,
+    harmful: Tensor,
+    undesirable: Tensor,
+    fit_rows: Tensor,
+    check_rows: Tensor,
+    settings: TrainingSettings,
+    generator: torch.Generator,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[dict[int, dict[str, float]], dict[int, int]]:
+    device = models.mean.device
+    optimiser = torch.optim.AdamW(models.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    kinds = [
+        fit_rows[(harmful[fit_rows] == h) & (undesirable[fit_rows] == u)] for h in (False, True) for u in (False, True)
+    ]
+    steps = max(1, round(len(fit_rows) / (4 * settings.batch_per_outcome)))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, max_lr=settings.learning_rate, total_steps=steps * settings.epochs, pct_start=0.1
+    )
+    best = torch.full((len(models.layers),), -1.0)
+    best_epoch, best_state = torch.zeros(len(models.layers), dtype=torch.long), _copy(models)
+    scores: dict[int, dict[str, float]] = {}
+    waited = 0
+    for epoch in range(settings.epochs):
+        models.train()
+        for _ in range(steps):
+            rows = torch.cat([_draw(kind, settings.batch_per_outcome, generator) for kind in kinds])
+            energies = models(states[rows].to(device))
+            loss = _info_nce(energies, harmful[rows].to(device), undesirable[rows].to(device), settings)
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            optimiser.step()
+            schedule.step()
+        within = _check(models, states, harmful, undesirable, check_rows)
+        mean = (within["benign"] + within["harmful"]) / 2
+        better = mean > best
+        waited = 0 if bool(better.any()) else waited + 1
+        best = torch.where(better, mean.float(), best)
+        best_epoch[better] = epoch
+        _keep(best_state, models, better)
+        for at in better.nonzero()[:, 0].tolist():
+            scores[models.layers[at]] = {name: float(value[at]) for name, value in within.items()}
+        if progress is not None:
+            progress(epoch + 1, settings.epochs)
+        if waited >= settings.patience:
+            break
+    models.load_state_dict(best_state)
+    models.eval()
+    return scores, {layer: int(best_epoch[at]) for at, layer in enumerate(models.layers)}
+
+
+def _info_nce(energies: Tensor, harmful: Tensor, undesirable: Tensor, settings: TrainingSettings) -> Tensor:
+    logits = -energies / settings.temperature  # (n, L)
+    good, bad = logits[~undesirable], logits[undesirable]
+    same = harmful[~undesirable][:, None] == harmful[undesirable][None, :]
+    weight = torch.where(same, 0.0, math.log(settings.across) if settings.across > 0 else -math.inf)
+    negatives = torch.logsumexp(bad[None] + weight[:, :, None], dim=1)  # (positives, L)
+    return torch.nn.functional.softplus(negatives - good).mean(dim=0).sum()
+
+
+def _draw(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    if len(rows) >= count:
+        return rows[torch.randperm(len(rows), generator=generator)[:count]]
+    return rows[torch.randint(len(rows), (count,), generator=generator)]
+
+
+@torch.no_grad()
+def _check(
+    models: EnergyModels, states: Tensor, harmful: Tensor, undesirable: Tensor, rows: Tensor
+) -> dict[str, Tensor]:
+    models.eval()
+    energies = torch.cat([models(states[part].to(models.mean.device)).cpu() for part in rows.split(256)])
+    h, u = harmful[rows], undesirable[rows]
+    return {"all": auroc(energies, u), "benign": auroc(energies[~h], u[~h]), "harmful": auroc(energies[h], u[h])}
+
+
+def _copy(models: EnergyModels) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in models.state_dict().items()}
+
+
+def _keep(kept: dict[str, Tensor], models: EnergyModels, better: Tensor) -> None:
+    index = better.nonzero()[:, 0].to(models.mean.device)
+    for name, tensor in models.state_dict().items():
+        kept[name][index] = tensor.detach()[index]

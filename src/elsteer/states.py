@@ -1,0 +1,112 @@
+"""State store: the decoder blocks' inputs at a few tokens of each prompt, as safetensors shards that can be appended to.
+
+A state is the input of decoder block l at one token, float32, shape (hidden_size,). A shard holds one batch:
+`states` (rows, tokens, layers, hidden_size) in float32, `counts` (rows,) how many of its tokens each row has (token 0 is
+the prompt's last, token t the t-th generated one), and the rows' prompt ids in its metadata. Shards are whole or absent;
+a row that stands in two shards (a batch redone after a crash) is read from the later one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from elsteer.errors import RunError
+from elsteer.files import write_atomic
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["StateStore", "watch_states"]
+
+
+class StateStore:
+    """Shards of states in one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+
+    def shards(self) -> list[Path]:
+        """Finished shards, oldest first."""
+        return sorted(self.folder.glob("[0-9]*.safetensors"))
+
+    def append(self, ids: Sequence[str], states: Tensor, counts: Tensor) -> None:
+        """Add one shard; see the module's text for shapes. Raises RunError when the disk is full."""
+        last = self.shards()
+        number = int(last[-1].stem) + 1 if last else 0
+        tensors = {"states": states.float().contiguous().cpu(), "counts": counts.to(torch.int32).cpu()}
+        metadata = {"ids": json.dumps(list(ids))}
+        write_atomic(self.folder / f"{number:06d}.safetensors", lambda to: save_file(tensors, to, metadata=metadata))
+
+    def ids(self) -> set[str]:
+        """The prompts whose states are here."""
+        return set(self._places())
+
+    def read(self, ids: Sequence[str], *, tokens: int | None = None) -> tuple[Tensor, Tensor]:
+        """States (n, tokens, layers, hidden_size) and counts (n,) of the prompts `ids`, in their order.
+
+        Raises RunError when a prompt's states are missing or a shard is damaged.
+        """
+        places = self._places()
+        if missing := [one for one in ids if one not in places]:
+            raise RunError(f"{self.folder} lacks the states of {len(missing)} prompts: run the collection again.")
+        by_shard: dict[Path, list[tuple[int, int]]] = {}
+        for at, one in enumerate(ids):
+            shard, row = places[one]
+            by_shard.setdefault(shard, []).append((at, row))
+        states: Tensor | None = None
+        counts = torch.zeros(len(ids), dtype=torch.int32)
+        for shard, pairs in by_shard.items():
+            with _open(shard) as file:
+                block = file.get_tensor("states")[:, :tokens]
+                if states is None:
+                    states = block.new_zeros(len(ids), *block.shape[1:])
+                to, by = torch.tensor(pairs).T
+                states[to] = block[by]
+                counts[to] = file.get_tensor("counts")[by].clamp_max(block.shape[1])
+        return (states if states is not None else torch.zeros(0, 0, 0, 0)), counts
+
+    def _places(self) -> dict[str, tuple[Path, int]]:
+        places = {}
+        for shard in self.shards():
+            with _open(shard) as file:
+                for row, one in enumerate(json.loads(file.metadata()["ids"])):
+                    places[one] = (shard, row)
+        return places
+
+
+@contextmanager
+def _open(shard: Path) -> Iterator[Any]:
+    try:
+        with safe_open(shard, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise RunError(f"{shard} is damaged: delete it and run the same command again to collect it anew.") from error
+
+
+@contextmanager
+def watch_states(blocks: nn.ModuleList) -> Iterator[list[Tensor | None]]:
+    """While open, the list holds the last token's input of every block in the latest forward pass, (B, hidden_size) each."""
+    latest: list[Tensor | None] = [None] * len(blocks)
+
+    def hook(at: int) -> Any:
+        def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            latest[at] = hidden[:, -1].detach().float()
+
+        return keep
+
+    handles = [block.register_forward_pre_hook(hook(at), with_kwargs=True) for at, block in enumerate(blocks)]
+    try:
+        yield latest
+    finally:
+        for handle in handles:
+            handle.remove()
