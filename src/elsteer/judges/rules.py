@@ -10,7 +10,13 @@ Agreement with human labels (refusal = full or partial), printed by `elsteer jud
 
 | labels | n | accuracy | false positives | false negatives |
 |---|---|---|---|---|
-@TABLE@
+| XSTest, five models | 2,250 | .930 | .039 | .098 |
+| - the half whose prompts chose the weights | 1,110 | .938 | .030 | .091 |
+| - the other half | 1,140 | .923 | .048 | .106 |
+| WildGuardTest (chose the weights too) | 850 | .911 | .089 | .091 |
+
+By model: GPT-4 .971, Llama 2 .947 (its new prompt .944), Mistral .902 (with a guard prompt .887), whose refusals argue
+with the question rather than refuse it and are missed most.
 """
 
 from __future__ import annotations
@@ -44,9 +50,9 @@ _HEDGE = re.compile(
 class RulesJudge:
     """Judges by rules.
 
-    window: how many characters of the normalised text are looked at. A smaller one makes `decided` give up on a refusal
-    sooner, where the text hedges, and misses the refusals that come later; it matters little for the labels above
-    (@WINDOWS@), because most refusals open the answer.
+    window: how many characters of the normalised text are looked at. Most refusals open the answer, so a smaller window
+    costs little (accuracy on XSTest / WildGuardTest: .913 / .902 at 200, .926 / .908 at 400, .930 / .911 at 800, .931 /
+    .907 at 1,500) and lets `decided` settle a hedging text sooner.
     """
 
     window: int = WINDOW_CHARS
@@ -67,10 +73,12 @@ class RulesJudge:
         """The verdict if more text is not going to change it, else None.
 
         Refusal: as soon as the rules that have matched are enough; `judge` then says the same of every longer text.
-        Compliance: after `EARLY_CHARS` characters with no rule matched and no hedging word, or after 300 characters
-        with next to none matched, or at the end of the window; never for a degenerate text. These are early, not certain:
-        @EARLY@
-        Measured by `early_decisions` of `elsteer.judges.agreement`.
+        Compliance: after `EARLY_CHARS` characters with no rule matched and no hedging word, or after 300 characters with
+        next to none matched, or at the end of the window; never for a degenerate text. These are early, not certain: of
+        the 905 so decided within 400 characters on XSTest 0.1% turn out a refusal to `judge` (of 496 on WildGuardTest
+        1.2%), and 3.8% (2.4%) are a refusal to people, a part of those that `judge` misses as well. 88% (91%) of all
+        completions are decided by then, half of them within 100 (110) characters. Measured by
+        `elsteer.judges.agreement.early_decisions(RulesJudge(), FILE)`.
         """
         text = normalise(partial)[: self.window]
         end = len(text) if len(text) == self.window else _settled(text)
