@@ -79,8 +79,8 @@ class EarlyDecisions:
     """What stopping at a decision does to a judge's verdicts.
 
     n: completions; decided: share of them decided before their end; characters: the median length at the decision.
-    compliance: how many were decided as compliance, differ: the share of these of which the judge says otherwise when it
-    sees the whole, human_refusal: the share of these that humans call a refusal.
+    compliance: how many were decided as compliance; differ: the share of these of which the judge says otherwise when
+    it sees the whole; human_refusal: the share of these that humans call a refusal.
     refusal_differ: the same as `differ` for those decided as refusal; 0 for a judge whose refusals are final.
     """
 
