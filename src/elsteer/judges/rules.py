@@ -75,9 +75,9 @@ class RulesJudge:
         Refusal: as soon as the rules that have matched are enough; `judge` then says the same of every longer text.
         Compliance: after `EARLY_CHARS` characters with no rule matched and no hedging word, or after 300 characters
         with next to none matched, or at the end of the window; never for a degenerate text. These are early, not
-        certain: of the 905 so decided within 400 characters on XSTest 0.1% turn out a refusal to `judge` (of 496 on WildGuardTest
-        1.2%), and 3.8% (2.4%) are a refusal to people, a part of those that `judge` misses as well. 88% (91%) of all
-        completions are decided by then, half of them within 100 (110) characters. Measured by
+        certain: of the 905 so decided within 400 characters on XSTest 0.1% turn out a refusal to `judge` (of 496 on
+        WildGuardTest 1.2%), and 3.8% (2.4%) are a refusal to people, most of which `judge` misses as well. 88% (91%)
+        of all completions are decided by then, half of those within 100 (110) characters. Measured by
         `elsteer.judges.agreement.early_decisions(RulesJudge(), FILE)`.
         """
         text = normalise(partial)[: self.window]
