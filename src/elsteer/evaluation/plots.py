@@ -33,6 +33,10 @@ _OUTCOMES: dict[str, tuple[str, str, str]] = {  # colour, marker, words; the und
     "false_refusal": (_ORANGE, "^", "benign, refused (false refusal)"),
     "jailbreak": (_RED, "X", "harmful, answered (jailbreak)"),
 }
+_DIRECTIONS = (
+    (("helpful",), ("false_refusal",), "from benign answered   →   to benign refused"),
+    (("helpful", "false_refusal"), ("safe_refusal", "jailbreak"), "from benign   →   to harmful"),
+)
 _METHOD_COLOURS = (_BLUE, "#cc79a7", _GREEN, _ORANGE, "#56b4e9", _RED)
 _GRID = 90
 
@@ -44,29 +48,26 @@ def landscape_axes(states: Tensor, outcomes: Sequence[str]) -> tuple[Tensor, tup
     harmful states, less its part along the first. Where a group is missing, or both point the same way, the states'
     principal directions stand in. ValueError for states that span no plane.
     """
-    wanted = [
-        (("helpful",), ("false_refusal",), "from benign answered   →   to benign refused"),
-        (("helpful", "false_refusal"), ("safe_refusal", "jailbreak"), "from benign   →   to harmful"),
-    ]
-    centred = states.float() - states.float().mean(0)
-    principal = torch.linalg.svd(centred, full_matrices=False).Vh
-    axes: list[Tensor] = []
-    names: list[str] = []
-    for number, (low, high, name) in enumerate(wanted):
-        masks = [torch.tensor([outcome in group for outcome in outcomes], dtype=torch.bool) for group in (low, high)]
-        direction = None
-        if masks[0].any() and masks[1].any():
-            direction = _orthonormal(centred[masks[1]].mean(0) - centred[masks[0]].mean(0), axes)
-        for row in principal if direction is None else ():
-            direction = _orthonormal(row, axes)
-            name = f"direction {number + 1} of most variance"
+    centred = (states - states.mean(0)).double()
+    axes: dict[int, Tensor] = {}
+    names = ["direction of most variance", "second direction of most variance"]
+    for place, (low, high, name) in enumerate(_DIRECTIONS):
+        groups = [torch.tensor([outcome in group for outcome in outcomes], dtype=torch.bool) for group in (low, high)]
+        if all(group.any() for group in groups):
+            direction = _orthonormal(centred[groups[1]].mean(0) - centred[groups[0]].mean(0), list(axes.values()))
             if direction is not None:
-                break
-        if direction is None:
-            raise ValueError(f"{len(states)} states of width {states.shape[1]} span no plane")
-        axes.append(direction)
-        names.append(name)
-    return torch.stack(axes), (names[0], names[1])
+                axes[place], names[place] = direction, name
+    _, sizes, principal = torch.linalg.svd(centred, full_matrices=False)
+    spare = iter(principal[sizes > 1e-6 * float(states.double().norm())])
+    for place in (0, 1):
+        while place not in axes:
+            row = next(spare, None)
+            if row is None:
+                raise ValueError(f"{len(states)} states of width {states.shape[1]} span no plane")
+            direction = _orthonormal(row, list(axes.values()))
+            if direction is not None:
+                axes[place] = direction
+    return torch.stack([axes[0], axes[1]]).float(), (names[0], names[1])
 
 
 def landscape_picture(
@@ -90,11 +91,11 @@ def landscape_picture(
     if axes is None:
         axes, axis_names = landscape_axes(states, outcomes)
     else:
-        first = _orthonormal(axes[0].detach().float().cpu(), [])
-        second = None if first is None else _orthonormal(axes[1].detach().float().cpu(), [first])
+        first = _orthonormal(axes[0].detach().cpu(), [])
+        second = None if first is None else _orthonormal(axes[1].detach().cpu(), [first])
         if first is None or second is None:
             raise ValueError("the two axes span no plane")
-        axes = torch.stack([first, second])
+        axes = torch.stack([first, second]).float()
     mean = states.mean(0)
     flat = ((states - mean) @ axes.T).numpy()
     tracks = None if paths is None or not len(paths) else ((paths.detach().float().cpu() - mean) @ axes.T).numpy()
@@ -263,12 +264,12 @@ def _change(comparison: Comparison) -> tuple[str, str]:
 
 
 def _orthonormal(direction: Tensor, axes: Sequence[Tensor]) -> Tensor | None:
-    """`direction` less its parts along `axes`, of length 1; None where next to nothing is left."""
-    length = float(direction.norm())
-    for axis in axes:
-        direction = direction - (direction @ axis) * axis
+    """`direction` less its parts along `axes`, of length 1; None where that is a small part of it, mostly noise."""
+    direction, length = direction.double(), float(direction.double().norm())
+    for axis in (*axes, *axes):  # twice: once leaves a rounding error of the size of what was taken away
+        direction = direction - (direction @ axis.double()) * axis.double()
     left = float(direction.norm())
-    return direction / left if left > 1e-4 * length and left > 0 else None
+    return direction / left if left > 0.1 * length and left > 1e-9 else None
 
 
 def _arrow(axis: Any, track: NDArray[np.float32], label: str | None) -> None:
