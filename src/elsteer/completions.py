@@ -134,14 +134,15 @@ def complete(
     places: Iterable[int] | None = None,
     path: Path | None = None,
     extra: dict[str, Any] | None = None,
+    describe: Callable[[Prompt], dict[str, Any]] | None = None,
     states: StateStore | None = None,
     state_tokens: int = 1,
     progress: Progress | None = None,
 ) -> list[Completion]:
     """Answer the prompts of `caches` greedily, judge the answers, and return them in the prompts' order.
 
-    early_stop: stop a row as soon as the judge's verdict is decided. path: append each batch to this JSONL (with `extra`
-    fields) and skip prompts that it already holds. states: capture the prompt's last token and the first
+    early_stop: stop a row as soon as the judge's verdict is decided. path: append each batch to this JSONL and skip prompts that it already
+    holds; `extra` fields mark the rows and are what resuming looks for, `describe` adds fields for people. states: capture the prompt's last token and the first
     state_tokens - 1 generated ones of every block's input. progress(done, total) after each batch.
     """
     chosen = list(range(len(caches.prompts))) if places is None else list(places)
@@ -157,7 +158,13 @@ def complete(
     for batch in caches.batches(todo):
         fresh = _answer(caches, batch, judge, max_new_tokens, early_stop, ends, steering, states, state_tokens)
         if path is not None:
-            append_jsonl(path, [{**(extra or {}), **asdict(one)} for one in fresh])
+            append_jsonl(
+                path,
+                [
+                    {**(extra or {}), **(describe(prompt) if describe else {}), **asdict(one)}
+                    for prompt, one in zip((caches.prompts[place] for place in batch.rows), fresh, strict=True)
+                ],
+            )
         done.update((one.prompt_id, one) for one in fresh)
         finished += len(fresh)
         if progress is not None:

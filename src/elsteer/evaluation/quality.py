@@ -1,0 +1,131 @@
+"""Whether the answers stay answers: perplexity of steered answers under the plain model, degenerate ones, KL on neutral prompts.
+
+Perplexity of an answer is exp of the plain model's mean negative log-likelihood of its tokens after the prompt. KL is
+KL(plain || steered) of the next-token distributions along the plain model's own answer, in nats per token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from elsteer.completions import PromptCaches, end_ids
+from elsteer.decoding import Attached, PromptBatch, decode, score
+from elsteer.files import append_jsonl, read_jsonl
+from elsteer.judges.degenerate import degeneration
+
+__all__ = ["Answer", "Quality", "answer_at_length", "kl_to_plain", "quality"]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A full-length answer: its tokens, their mean negative log-likelihood under the plain model (nats), why it is degenerate."""
+
+    prompt_id: str
+    method: str
+    text: str
+    tokens: list[int]
+    nll: float
+    degenerate: str
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """perplexity_ratio: exp(mean over prompts of nll steered - nll plain); the shares of degenerate answers; n prompts."""
+
+    perplexity_ratio: float
+    degenerate_plain: float
+    degenerate_steered: float
+    n: int
+
+
+def answer_at_length(
+    caches: PromptCaches,
+    places: Sequence[int],
+    method: str,
+    *,
+    steering: Attached | None,
+    plain: Callable[[], None],
+    steered: Callable[[], None],
+    max_new_tokens: int = 64,
+    path: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Answer]:
+    """Answer the prompts at `places` without early stop and score each answer under the plain model.
+
+    plain() and steered() switch the steering off and on around the scoring pass (no-ops where `steering` is None).
+    """
+    known = {row["prompt_id"]: Answer(**row) for row in read_jsonl(path)} if path is not None else {}
+    todo = [place for place in places if caches.prompts[place].id not in known]
+    ends = end_ids(caches.model, caches.tokenizer)
+    finished = len(places) - len(todo)
+    for batch in caches.batches(todo):
+        steered()
+        out = decode(caches.model, batch, max_new_tokens=max_new_tokens, end_ids=ends, steering=steering)
+        plain()
+        fresh = []
+        nlls = _nll(caches, batch, out.tokens)
+        for place, tokens, nll in zip(batch.rows, out.tokens, nlls, strict=True):
+            text = str(caches.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+            fresh.append(Answer(caches.prompts[place].id, method, text, tokens, nll, degeneration(text) or ""))
+        if path is not None:
+            append_jsonl(path, [asdict(one) for one in fresh])
+        known.update((one.prompt_id, one) for one in fresh)
+        finished += len(fresh)
+        if progress is not None:
+            progress(finished, len(places))
+    steered()
+    return known
+
+
+def quality(plain: dict[str, Answer], steered: dict[str, Answer], ids: Sequence[str]) -> Quality:
+    """Compare the answers to the prompts `ids`. A steered answer without any token counts as degenerate, not in the ratio."""
+    pairs = [(plain[one], steered[one]) for one in ids]
+    logs = [after.nll - before.nll for before, after in pairs if math.isfinite(before.nll) and math.isfinite(after.nll)]
+    return Quality(
+        math.exp(sum(logs) / len(logs)) if logs else math.nan,
+        sum(bool(before.degenerate) for before, _ in pairs) / max(1, len(pairs)),
+        sum(bool(after.degenerate) for _, after in pairs) / max(1, len(pairs)),
+        len(pairs),
+    )
+
+
+def kl_to_plain(
+    caches: PromptCaches,
+    answers: dict[str, Answer],
+    *,
+    steering: Attached,
+    plain: Callable[[], None],
+    steered: Callable[[], None],
+    tokens: int = 32,
+) -> dict[str, float]:
+    """Mean KL(plain || steered) per token, in nats, of each prompt of `caches`, along the plain `answers`' first `tokens`."""
+    found = {}
+    for batch in caches.batches():
+        given = [answers[caches.prompts[place].id].tokens[:tokens] or [0] for place in batch.rows]
+        plain()
+        before = score(caches.model, batch, given)
+        steered()
+        after = score(caches.model, batch, given, steering=steering)
+        for place, p, q in zip(batch.rows, before, after, strict=True):
+            found[caches.prompts[place].id] = float(_kl(p, q))
+    return found
+
+
+def _kl(plain: Tensor, steered: Tensor) -> Tensor:
+    p, q = plain.log_softmax(dim=-1), steered.log_softmax(dim=-1)
+    return (p.exp() * (p - q)).sum(dim=-1).mean()
+
+
+def _nll(caches: PromptCaches, batch: PromptBatch, answers: Sequence[list[int]]) -> list[float]:
+    given = [tokens or [0] for tokens in answers]
+    values = []
+    for tokens, logits in zip(given, score(caches.model, batch, given), strict=True):
+        logs = logits.log_softmax(dim=-1)
+        values.append(-float(logs.gather(1, torch.tensor(tokens, device=logs.device)[:, None]).mean()))
+    return [value if tokens else math.nan for value, tokens in zip(values, answers, strict=True)]
