@@ -6,13 +6,15 @@ any text in bytes, so that no text is unknown to it.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import gguf
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-__all__ = ["FAMILIES", "TEMPLATES", "VOCABULARY", "tiny_model", "tiny_tokenizer"]
+__all__ = ["FAMILIES", "TEMPLATES", "VOCABULARY", "tiny_gguf", "tiny_model", "tiny_tokenizer"]
 
 VOCABULARY = 320  # 256 bytes and room for special tokens; models and tokenizer agree on it
 
@@ -154,3 +156,39 @@ def tiny_model(family: str = "qwen2", seed: int = 0, **config: Any) -> PreTraine
         model = AutoModelForCausalLM.from_config(made, dtype=torch.float32)
     model.generation_config.pad_token_id = _IDS["pad_token_id"]
     return model.eval().requires_grad_(False)
+
+
+def tiny_gguf(path: Path, seed: int = 0) -> PreTrainedModel:
+    """Write a tiny Qwen2 with its chat tokenizer as an unquantised GGUF file; the model that was written."""
+    model, tokenizer = tiny_model("qwen2", seed), tiny_tokenizer("chatml")
+    config, layers = model.config, model.config.num_hidden_layers
+    writer = gguf.GGUFWriter(path, "qwen2")
+    writer.add_name("tiny")
+    writer.add_block_count(layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    words = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__)
+    unused = ["er", *(f"<unused{i}>" for i in range(1, VOCABULARY - len(words)))]  # one merge: no file has none
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list([*words, *unused])
+    kinds = [gguf.TokenType.CONTROL if i >= 256 else gguf.TokenType.NORMAL for i in range(VOCABULARY)]
+    writer.add_token_types(kinds)
+    writer.add_token_merges(["e r"])
+    writer.add_eos_token_id(_IDS["eos_token_id"])
+    writer.add_pad_token_id(_IDS["pad_token_id"])
+    writer.add_chat_template(str(tokenizer.chat_template))
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, layers)
+    for name, tensor in model.state_dict().items():
+        stem, _, kind = name.rpartition(".")
+        writer.add_tensor(f"{names.get_name(stem)}.{kind}", tensor.float().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import constants
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from elsteer.errors import ModelError
@@ -173,7 +175,11 @@ def _read(
         if source.origin == "hub":
             raise
         raise ModelError(f"{source.name} could not be read: {_first_sentence(error)}.") from error
-    except (ValueError, KeyError, ImportError, NotImplementedError) as error:
+    except (SafetensorError, struct.error) as error:
+        raise ModelError(
+            f"The weights of {source.name} are damaged or cut short ({_first_sentence(error)}): get the file again."
+        ) from error
+    except (ValueError, KeyError, ImportError, RuntimeError) as error:
         raise ModelError(f"{source.name} is not a model that can be used: {_first_sentence(error)}.") from error
 
 

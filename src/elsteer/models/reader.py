@@ -30,8 +30,12 @@ def read_model(
     device_map: str | dict[str, Any] | None = None,
     revision: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer as transformers read them from a folder or hub id, or from a GGUF file, unpacked."""
+    """Model and tokenizer as transformers read them from a folder or hub id, or from a GGUF file, unpacked.
+
+    Raises what transformers raises: OSError, ValueError and others; ValueError too where weights are missing.
+    """
     options: dict[str, Any] = {"dtype": dtype, "device_map": device_map, "revision": revision}
+    options["output_loading_info"] = True
     if gguf is not None:
         path = str(gguf.parent)
         options |= {"gguf_file": gguf.name, "quantization_config": GgufConfig(dequantize=True)}
@@ -40,11 +44,14 @@ def read_model(
     with redirect_stderr(io.StringIO()) if gguf is not None else nullcontext():
         tokenizer = AutoTokenizer.from_pretrained(path, **named)
         try:
-            model = AutoModelForCausalLM.from_pretrained(path, **options)
+            model, report = AutoModelForCausalLM.from_pretrained(path, **options)
         except ValueError as error:
             if "AutoModelForCausalLM" not in str(error):
                 raise
-            model = AutoModelForImageTextToText.from_pretrained(path, **options)
+            model, report = AutoModelForImageTextToText.from_pretrained(path, **options)
+    # transformers fills what is missing with random numbers and goes on.
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"{len(missing)} tensors are missing from its weights, such as {missing[0]}")
     return model, tokenizer
 
 
