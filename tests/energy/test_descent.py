@@ -23,7 +23,7 @@ SHAPES = st.fixed_dictionaries(
 
 
 def made(hidden_size: int, width: int, hidden: tuple[int, ...], layer_norm: bool, seed: int) -> dict[str, Tensor]:
-    """Tensors of one layer's energy model with nothing at its initial value, and a mean and a scale like real states'."""
+    """One layer's energy model with nothing at its initial value, and a mean and a scale like real states'."""
     generator = torch.Generator().manual_seed(seed)
     models = EnergyModels([0], hidden_size, width=width, hidden=hidden, layer_norm=layer_norm)
     with torch.no_grad():
