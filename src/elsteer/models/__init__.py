@@ -1,6 +1,6 @@
 """Models: loading them, their decoder blocks, their chats as token ids, and their fingerprint."""
 
-from elsteer.models.blocks import blocks_path, decoder_blocks, decoder_of, hidden_size, num_layers
+from elsteer.models.blocks import blocks_path, decoder_blocks, decoder_of, hidden_size, named_inputs, num_layers
 from elsteer.models.cache import elsteer_cache
 from elsteer.models.chat import context_length, effective_thinking, encode_chat, left_pad, render_chat, template_hash
 from elsteer.models.fingerprint import Fingerprint, differences, fingerprint
@@ -25,6 +25,7 @@ __all__ = [
     "hidden_size",
     "left_pad",
     "load",
+    "named_inputs",
     "num_layers",
     "render_chat",
     "source_of",

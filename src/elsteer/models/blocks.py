@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from elsteer.errors import ModelError
 
-__all__ = ["blocks_path", "decoder_blocks", "decoder_of", "hidden_size", "num_layers"]
+__all__ = ["blocks_path", "decoder_blocks", "decoder_of", "hidden_size", "named_inputs", "num_layers"]
 
 
 def num_layers(model: PreTrainedModel) -> int:
@@ -46,7 +49,8 @@ def blocks_path(model: PreTrainedModel, path: str | None = None) -> str:
 def decoder_of(model: PreTrainedModel, path: str | None = None) -> torch.nn.Module:
     """The module that owns the decoder blocks and runs them.
 
-    Its forward receives input_ids or inputs_embeds, attention_mask, position_ids and past_key_values by name.
+    Its forward takes input_ids or inputs_embeds, attention_mask, position_ids and past_key_values. Some families hand it
+    input_ids by position: a hook that wants the names takes them from `named_inputs`.
     """
     owner = _find(model, path)[0]
     while owner:
@@ -55,6 +59,19 @@ def decoder_of(model: PreTrainedModel, path: str | None = None) -> torch.nn.Modu
         if _runs(module):
             return module
     return model
+
+
+def named_inputs(decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What a forward pre-hook (with_kwargs=True) on the decoder received, all of it by name."""
+    if not args:
+        return kwargs
+    names = _parameters(type(decoder).forward)
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+@functools.cache
+def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(forward).parameters)[1:]  # without self
 
 
 def _runs(module: torch.nn.Module) -> bool:

@@ -19,6 +19,9 @@ __all__ = ["context_length", "effective_thinking", "encode_chat", "left_pad", "r
 
 logger = logging.getLogger(__name__)
 
+# What a template, or transformers before it, raises over a chat that it does not take.
+_REFUSALS = (TemplateError, ValueError, IndexError, KeyError, TypeError)
+
 Messages = Sequence[dict[str, str]]
 
 
@@ -64,13 +67,13 @@ def render_chat(
         if chat[0]["role"] != "system" or chat[0]["content"].strip() in text:
             return text
         failure: Exception | None = None
-    except (TemplateError, IndexError, KeyError, TypeError) as error:
+    except _REFUSALS as error:
         failure = error
     if chat and chat[0]["role"] == "system" and len(chat) > 1 and chat[1]["role"] == "user":
         folded = {"role": "user", "content": chat[0]["content"] + "\n\n" + chat[1]["content"]}
         try:
             return _apply(tokenizer, [folded, *chat[2:]], options)
-        except (TemplateError, IndexError, KeyError, TypeError) as error:
+        except _REFUSALS as error:
             failure = error
     roles = ", ".join(message.get("role", "?") for message in chat) or "no message"
     raise ModelError(

@@ -1,0 +1,106 @@
+"""A landscape recognises its model in any precision, and no other model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from elsteer.errors import ModelError
+from elsteer.models import Fingerprint, differences, fingerprint
+from tiny import FAMILIES, tiny_model, tiny_tokenizer
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_same_model_in_half_precision_is_the_same_model(family: str, dtype: torch.dtype) -> None:
+    tokenizer = tiny_tokenizer()
+    exact, half = fingerprint(tiny_model(family), tokenizer), fingerprint(tiny_model(family).to(dtype), tokenizer)
+    assert exact.weights != half.weights
+    assert differences(exact, half) == differences(half, exact) == []
+
+
+def test_bfloat16_against_float16_is_the_same_model_too() -> None:
+    tokenizer = tiny_tokenizer()
+    a, b = (fingerprint(tiny_model().to(dtype), tokenizer) for dtype in (torch.bfloat16, torch.float16))
+    assert differences(a, b) == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_another_training_of_the_same_shape_is_another_model(family: str) -> None:
+    a, b = (fingerprint(tiny_model(family, seed=seed), tiny_tokenizer()) for seed in (0, 1))
+    assert len(differences(a, b)) == 1
+    assert "weights" in differences(a, b)[0]
+
+
+def test_a_light_finetune_is_another_model() -> None:
+    model = tiny_model()
+    before = fingerprint(model, tiny_tokenizer())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.full_like(parameter, 0.002))  # 2% of the weights' spread
+    assert differences(before, fingerprint(model.to(torch.bfloat16), tiny_tokenizer()))
+
+
+def test_the_weights_are_sampled_over_the_whole_depth() -> None:
+    names = fingerprint(tiny_model("llama"), tiny_tokenizer()).weights
+    assert all(len(values) == 8 for values in names.values())
+    assert {name.split(".")[2] for name in names if ".layers." in name} == {"0", "1", "2", "3"}
+    assert "model.embed_tokens.weight" in names
+
+
+def test_a_model_of_two_blocks_and_of_one_can_be_fingerprinted() -> None:
+    for layers in (1, 2):
+        value = fingerprint(tiny_model("qwen2", num_hidden_layers=layers), tiny_tokenizer())
+        assert value.num_layers == layers
+
+
+def test_quantised_tensors_are_left_out_of_the_comparison() -> None:
+    model = tiny_model()
+    whole = fingerprint(model, tiny_tokenizer())
+    for block in model.model.layers:
+        packed = torch.zeros(block.self_attn.q_proj.weight.shape, dtype=torch.uint8)
+        block.self_attn.q_proj.weight = torch.nn.Parameter(packed, requires_grad=False)
+    quantised = fingerprint(model, tiny_tokenizer())
+    assert 0 < len(quantised.weights) < len(whole.weights)
+    assert differences(whole, quantised) == []
+
+
+def test_what_differs_is_said_in_words() -> None:
+    a = fingerprint(tiny_model("qwen2"), tiny_tokenizer("chatml"))
+    assert differences(a, a) == []
+    b = fingerprint(tiny_model("llama", num_hidden_layers=2, hidden_size=64), tiny_tokenizer("qwen3"), thinking=False)
+    said = "; ".join(differences(a, b))
+    assert "the architecture is LlamaForCausalLM instead of Qwen2ForCausalLM" in said
+    assert "the number of decoder blocks is 2 instead of 4" in said
+    assert "the hidden size is 64 instead of 32" in said
+    assert "chat template" in said
+    assert "the thinking mode is off instead of the template's default" in said
+
+
+def test_another_name_or_revision_alone_does_not_matter() -> None:
+    a = fingerprint(tiny_model(), tiny_tokenizer())
+    assert differences(a, replace(a, name="a/copy", revision="0" * 40)) == []
+
+
+def test_thinking_counts_only_where_the_template_knows_it() -> None:
+    assert fingerprint(tiny_model(), tiny_tokenizer("chatml"), thinking=True).thinking is None
+    assert fingerprint(tiny_model(), tiny_tokenizer("qwen3"), thinking=True).thinking is True
+
+
+def test_it_goes_through_json_unchanged() -> None:
+    value = fingerprint(tiny_model(), tiny_tokenizer("qwen3"), thinking=False)
+    text = json.dumps(value.to_dict())
+    assert Fingerprint.from_dict(json.loads(text)) == value
+    assert Fingerprint.from_dict({**json.loads(text), "of_a_newer_version": 1}) == value
+    assert len(text) < 4000
+
+
+@pytest.mark.parametrize("damage", [{}, [], {"weights": [1.0]}, {"weights": {"a": "b"}}])
+def test_a_damaged_one_is_an_error(damage: Any) -> None:
+    value = fingerprint(tiny_model(), tiny_tokenizer()).to_dict()
+    with pytest.raises(ModelError, match="damaged"):
+        Fingerprint.from_dict({**value, **damage} if isinstance(damage, dict) and damage else damage)
