@@ -170,6 +170,19 @@ def test_a_perplexity_ratio_is_the_exponent_of_the_mean_log_ratio() -> None:
     assert (interval.low, interval.high) == (pytest.approx(1.1), pytest.approx(1.1))
 
 
+@pytest.mark.parametrize("value", [1.1, 0.3, 1e-9, 0.0])
+def test_values_that_are_all_the_same_give_an_interval_that_holds_their_mean(value: float) -> None:
+    interval = mean_bootstrap([value] * 7)
+    assert interval.low <= interval.value <= interval.high
+
+
+def test_a_long_bootstrap_is_the_same_in_pieces_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(0).normal(size=50)
+    whole = mean_bootstrap(values, resamples=999)
+    monkeypatch.setattr("elsteer.evaluation.statistics._CHUNK", 700)
+    assert mean_bootstrap(values, resamples=999) == whole
+
+
 def test_a_ratio_is_of_sums_not_a_mean_of_ratios() -> None:
     interval = ratio_bootstrap([1.0, 10.0], [1.0, 5.0])
     assert interval.value == pytest.approx(11 / 6)
