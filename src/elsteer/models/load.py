@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import constants
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -70,7 +71,7 @@ def load(
         raise ModelError("Give either device or device_map, not both.")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     _check_device(device)
-    wanted = _dtype(dtype, on_cpu=device_map in (None, "cpu") and torch.device(device).type == "cpu")
+    wanted = _dtype(dtype, on_cpu=_on_cpu(device, device_map))
     template = _read_template(chat_template)
     model, tokenizer, source = _load_first(str(name), revision, wanted, device_map or {"": device})
     if template is not None:
@@ -179,7 +180,7 @@ def _read(
         raise ModelError(
             f"The weights of {source.name} are damaged or cut short ({_first_sentence(error)}): get the file again."
         ) from error
-    except (ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (ValueError, KeyError, ImportError, RuntimeError, StrictDataclassError) as error:
         raise ModelError(f"{source.name} is not a model that can be used: {_first_sentence(error)}.") from error
 
 
@@ -195,6 +196,14 @@ def _dtype(dtype: str | torch.dtype, *, on_cpu: bool) -> str | torch.dtype:
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ModelError(f"'{dtype}' is no dtype for a model: use auto, float32, bfloat16 or float16.")
     return found
+
+
+def _on_cpu(device: str, device_map: str | dict[str, Any] | None) -> bool:
+    if device_map is None:
+        return torch.device(device).type == "cpu"
+    if isinstance(device_map, dict):
+        return all(str(where) in ("cpu", "disk") for where in device_map.values())
+    return device_map == "cpu" or not torch.cuda.is_available()
 
 
 def _check_device(device: str) -> None:
