@@ -12,15 +12,32 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-__all__ = ["Decoded", "PromptBatch", "SharedPrefix", "batches", "decode", "prefill", "score", "share_prefix"]
+from elsteer.models import decoder_of
+
+__all__ = [
+    "STEERED",
+    "Decoded",
+    "PromptBatch",
+    "SharedPrefix",
+    "batches",
+    "decode",
+    "plain_model",
+    "prefill",
+    "score",
+    "share_prefix",
+]
+
+_GROWING = (DynamicLayer, DynamicSlidingWindowLayer)  # layers whose update makes new tensors
+STEERED = "_elsteer_steering"  # the decoder's attribute that holds the handle attached to it
 
 TOKENS_PER_BATCH = 4096  # columns x rows of one prefill; keeps activations small on small machines
 
@@ -80,9 +97,10 @@ def share_prefix(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> Share
     ids = list(shortest[:length])
     if length == 0 or not _can_share(model):
         return SharedPrefix([], None)
-    with torch.inference_mode():
+    with torch.inference_mode(), plain_model(model):
         out = model(input_ids=torch.tensor([ids], device=model.device), use_cache=True, **_one_logit(model))
-    return SharedPrefix(ids, out.past_key_values)
+    cache = out.past_key_values
+    return SharedPrefix(ids, cache) if _plain(cache) else SharedPrefix([], None)
 
 
 def batches(rows: Sequence[Sequence[int]], batch_size: int, *, tokens: int = TOKENS_PER_BATCH) -> Iterator[list[int]]:
@@ -107,7 +125,7 @@ def prefill(
     mask = torch.cat([real.new_ones(len(places), start), real], dim=1)
     cache = expand(shared.cache, len(places)) if shared.cache is not None else None
     if width > 1:
-        with torch.inference_mode():
+        with torch.inference_mode(), plain_model(model):
             out = _forward(model, ids[:, :-1], mask[:, :-1], cache)
         cache = out.past_key_values
     return PromptBatch(list(places), mask, ids[:, -1:], cache)
@@ -125,7 +143,8 @@ def decode(
 ) -> Decoded:
     """Greedy decoding from the prompts' last tokens; a row stops at an end token, when `decided(i, tokens)` or at the limit.
 
-    i counts the rows of the batch. The batch's cache is left as it was. `on_step(t, alive)` is called after forward pass t
+    i counts the rows of the batch. The batch's cache is left as it was. Without `steering` the model runs plain, even with
+    something attached to it. `on_step(t, alive)` is called after forward pass t
     (0 is the prompt's last token) with the batch rows that took part, in the order of the pass: for state capture.
     Rows that have stopped leave the batch, so that the rest runs faster.
     """
@@ -138,7 +157,7 @@ def decode(
     with torch.inference_mode():
         for step in range(max_new_tokens):
             rows = torch.tensor([batch.rows[i] for i in alive])
-            with steering.prompts(lengths, rows) if steering is not None else nullcontext():
+            with _told(model, steering, lengths, rows):
                 out = _forward(model, ids, mask, cache)
             if on_step is not None:
                 on_step(step, alive)
@@ -183,7 +202,7 @@ def score(
     ids = torch.cat([batch.last, padded], dim=1)
     mask = torch.cat([batch.mask, real.reshape(len(answers), width - 1)], dim=1)
     lengths, rows = batch.mask.sum(dim=1), torch.tensor(batch.rows)
-    with torch.inference_mode(), steering.prompts(lengths, rows) if steering is not None else nullcontext():
+    with torch.inference_mode(), _told(model, steering, lengths, rows):
         logits = _forward(model, ids, mask, clone(batch.cache), every_logit=True).logits
     return [logits[i, : len(answer)].float() for i, answer in enumerate(answers)]
 
@@ -192,7 +211,7 @@ def clone(cache: Any | None) -> Any | None:
     """A cache that can grow by itself. Tensors are shared: dynamic layers append by concatenation, never in place."""
     if cache is None:
         return None
-    if _plain(cache):
+    if type(cache) is DynamicCache and all(type(layer) in _GROWING for layer in cache.layers):
         new = copy.copy(cache)
         new.layers = [copy.copy(layer) for layer in cache.layers]
         return new
@@ -201,7 +220,7 @@ def clone(cache: Any | None) -> Any | None:
 
 def expand(cache: Any, rows: int) -> Any:
     """One row's cache for `rows` rows, without a copy until it grows."""
-    new = clone(cache)
+    new: Any = clone(cache)
     for layer in new.layers:
         layer.keys = layer.keys.expand(rows, *layer.keys.shape[1:])
         layer.values = layer.values.expand(rows, *layer.values.shape[1:])
@@ -209,7 +228,29 @@ def expand(cache: Any, rows: int) -> Any:
 
 
 def _plain(cache: Any) -> bool:
-    return type(cache) is DynamicCache
+    """Whether its layers only ever concatenate, and hold all columns."""
+    return type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
+@contextmanager
+def plain_model(model: PreTrainedModel) -> Iterator[None]:
+    """The model unsteered while open, whatever is attached to it: the prompts' caches must not depend on the steering."""
+    handle = getattr(decoder_of(model), STEERED, None)
+    if handle is None:
+        yield
+        return
+    enabled, handle.enabled = handle.enabled, False
+    try:
+        yield
+    finally:
+        handle.enabled = enabled
+
+
+def _told(
+    model: PreTrainedModel, steering: Attached | None, lengths: Tensor, rows: Tensor
+) -> AbstractContextManager[None]:
+    """Steered as the handle says, or plain where there is none."""
+    return plain_model(model) if steering is None else steering.prompts(lengths, rows)
 
 
 def _can_share(model: PreTrainedModel) -> bool:

@@ -1,18 +1,20 @@
 """Attaching to a model: forward pre-hooks that move the states of a few tokens, and nothing else.
 
-Which tokens move: the window, that is the prompt's last token and the first `window` generated ones. Tokens are told by
-their position counted without pads, so left padding, right padding, none, beams, chunked prefill and assisted generation
-are all the same rule: start <= position <= start + window, where start is the position of the prompt's last token. Pads
-and earlier prompt tokens are never touched.
+Which tokens move: the window, that is the prompt's last token and the first `window` generated ones. Pads and earlier
+prompt tokens are never touched. Where the prompt ends is known exactly in two cases:
 
-Where the prompt ends is known exactly inside `generate` (its inputs end there) and inside `Steering.prompts`. A forward
-pass of one's own is read like this: with an empty or unknown cache, or more than one new token, the pass ends a prompt;
-one more token on the cache of the pass before is a generated one.
+- Inside `generate`: its inputs end there, in every row, so the rule is one of columns: end <= column <= end + window. That
+  holds for beams, returned sequences, chunked prefill, no cache, static caches and assisted generation alike.
+- Inside `Steering.prompts`: the rule is one of positions counted without pads, so any padding will do.
+
+A forward pass of one's own is read like this: with an empty or unknown cache, or more than one new token, the pass ends a
+prompt; one more token on the cache of the pass before is a generated one.
 """
 
 from __future__ import annotations
 
 import inspect
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,12 +25,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from elsteer.decoding import STEERED
 from elsteer.errors import SteeringError
 from elsteer.models import decoder_blocks, decoder_of
+from elsteer.steering.inputs import inferred_mask, left_padded, positions, refuse_options
 
 __all__ = ["Move", "Steering"]
 
-_MARK = "_elsteer_steering"
 _PAGED = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 
 
@@ -56,7 +59,6 @@ class Steering:
         blocks: str | None = None,
     ) -> None:
         self.model: PreTrainedModel = getattr(model, "_orig_mod", model)  # torch.compile wraps the model
-        self._compiled = self.model is not model or self.model._compiled_call_impl is not None
         self._blocks = decoder_blocks(self.model, blocks)
         self._owner = decoder_of(self.model, blocks)
         self.window, self.enabled = window, True
@@ -64,16 +66,19 @@ class Steering:
         self._check(moves)
         self._moves = dict(moves)
         for at, move in self._moves.items():
-            if isinstance(move, nn.Module):
-                move.to(next(self._blocks[at].parameters()).device)
+            device = next(self._blocks[at].parameters()).device
+            if isinstance(move, nn.Module) and device.type != "meta":  # meta: weights that are offloaded for now
+                move.to(device)
         self._starts: Tensor | None = None  # (B,) position of each row's prompt end
-        self._end_column: int | None = None  # the column of the prompt's end, known inside `generate`
+        self._end: int | None = None  # the column of the prompt's end, known inside `generate`
+        self._end_tensor: Tensor | None = None  # the same for compiled code, which would be made anew for each number
         self._given: tuple[Tensor, Tensor | None] | None = None  # lengths and rows told by `prompts`
         self._cache: weakref.ref[Any] | None = None
         self._active: tuple[Tensor, Tensor, Tensor | float] | None = None  # batch index, query index, strength
         self._where: tuple[Tensor, Tensor, Tensor | float] | None = None  # the same in fixed shapes, while compiling
-        self._fired = 0
+        self._fired, self._ran = 0, False
         self._handles: list[Any] = []
+        self._replaced: dict[str, Any] = {}  # what the model's own dictionary held before
         try:
             self._register()
         except BaseException:
@@ -110,12 +115,13 @@ class Steering:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        if getattr(self._owner, _MARK, None) is self:
-            delattr(self._owner, _MARK)
-            for name in ("generate", *_PAGED):
+        if getattr(self._owner, STEERED, None) is self:
+            delattr(self._owner, STEERED)
+            for name, before in self._replaced.items():
                 self.model.__dict__.pop(name, None)
-            if self._compiled:
-                torch.compiler.reset()  # compiled code does not look at hooks again by itself
+                if before is not None:
+                    self.model.__dict__[name] = before
+            _forget_compiled()
 
     def __enter__(self) -> Self:
         return self
@@ -146,51 +152,63 @@ class Steering:
             raise SteeringError(
                 f"The model has {len(self._blocks)} decoder blocks; there is no block {beyond[0]} to steer."
             )
-        if getattr(self._owner, _MARK, None) is not None:
+        if getattr(self._owner, STEERED, None) is not None:
             raise SteeringError(
                 "This model is steered already: call .remove() on the first handle before attaching again."
             )
 
     def _register(self) -> None:
-        setattr(self._owner, _MARK, self)
+        setattr(self._owner, STEERED, self)
         self._handles.append(self._owner.register_forward_pre_hook(self._before, with_kwargs=True))
         self._handles.append(self._owner.register_forward_hook(self._after))
         for at, move in self._moves.items():
             self._handles.append(self._blocks[at].register_forward_pre_hook(self._layer(move), with_kwargs=True))
         if hasattr(self.model, "generate"):
-            self.model.__dict__["generate"] = self._generate(self.model.generate)
+            self._replace("generate", self._generate(self.model.generate))
         for name in _PAGED:
             if hasattr(self.model, name):
-                self.model.__dict__[name] = _refuse_paged
-        if self._compiled:
-            torch.compiler.reset()
+                self._replace(name, _refuse_paged)
+        _forget_compiled()
+
+    def _replace(self, name: str, new: Callable[..., Any]) -> None:
+        self._replaced[name] = self.model.__dict__.get(name)
+        self.model.__dict__[name] = new
 
     def _generate(self, plain: Callable[..., Any]) -> Callable[..., Any]:
+        names = list(inspect.signature(plain).parameters)
+
         def generate(*args: Any, **kwargs: Any) -> Any:
             if self._off or not self.enabled:
                 return plain(*args, **kwargs)
-            names = list(inspect.signature(plain).parameters)
             kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-            ids = next((kwargs[n] for n in ("inputs", "input_ids", "inputs_embeds") if kwargs.get(n) is not None), None)
+            refuse_options(self.model, kwargs)
+            ids = next((kwargs[n] for n in ("inputs_embeds", "inputs", "input_ids") if kwargs.get(n) is not None), None)
             mask = kwargs.get("attention_mask")
-            if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] > 1:
-                kwargs, mask = _left_padded(kwargs, mask)
-            outer = self._end_column
-            if ids is not None:
-                self._end_column = (mask if isinstance(mask, Tensor) and mask.dim() == 2 else ids).shape[1] - 1
+            if mask is None and ids is not None:
+                mask = inferred_mask(self.model, ids, kwargs)
+            if isinstance(mask, Tensor) and mask.dim() == 2:
+                kwargs, mask = left_padded(kwargs, mask)
+            outer = self._end, self._end_tensor
+            if ids is None:
+                self._end = 0  # generation from the begin token alone
             else:
-                self._end_column = 0  # generation from the begin token alone
-            self._starts = None
+                self._end = (mask if isinstance(mask, Tensor) and mask.dim() == 2 else ids).shape[1] - 1
+            self._end_tensor = torch.tensor(self._end, device=self.model.device)
+            self._ran = False
             try:
-                return plain(**kwargs)
+                made = plain(**kwargs)
             finally:
-                self._end_column, self._starts = outer, None
+                self._end, self._end_tensor = outer
+                self._active = self._where = self._starts = None
+            if not self._ran:
+                raise SteeringError(_BYPASSED)
+            return made
 
         return generate
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._active = self._where = None
-        self._fired = 0
+        self._fired, self._ran = 0, True
         if self._off or not self.enabled:
             return
         inputs = next(
@@ -199,44 +217,52 @@ class Steering:
         if inputs is None:
             raise SteeringError("The model was called without input_ids or inputs_embeds: there is nothing to steer.")
         rows, width = inputs.shape[:2]
-        if torch.compiler.is_compiling():
-            self._before_compiled(inputs, rows, width, kwargs)
-            return
         cache = kwargs.get("past_key_values")
+        if torch.compiler.is_compiling():
+            self._before_compiled(inputs, rows, width, cache, kwargs)
+            return
         seen = 0 if cache is None else int(cache.get_seq_length())
-        given, end = self._given, self._end_column
-        if given is None and end is not None and (seen + width <= end or seen > end + self.window):
-            return  # a chunk before the prompt's end, or past the window
-        position, real = _positions(kwargs, rows, width, seen, inputs.device)
-        if given is not None:
-            self._starts = given[0].to(inputs.device) - 1
-        elif end is not None:
-            if seen <= end < seen + width:
-                self._starts = position[:, end - seen]
-        elif self._begins(cache, seen, width):
-            # the last real token of each row: the highest position among the real ones
-            self._starts = position.masked_fill(~real, -1).amax(dim=1)
-        if self._starts is None or self._starts.shape[0] != rows:
-            raise SteeringError(
-                "It cannot be told where the prompts end in this forward pass (the batch changed within a sequence): "
-                "use model.generate, or say it with `with steering.prompts(lengths):`."
-            )
-        start = self._starts[:, None]
-        active = real & (position >= start) & (position <= start + self.window)
-        batch, query = active.nonzero(as_tuple=True)
+        if self._given is None and self._end is not None:
+            first, last = max(0, self._end - seen), min(width - 1, self._end + self.window - seen)
+            if first > last:
+                return  # a chunk before the prompt's end, or past the window
+            batch, query = torch.cartesian_prod(torch.arange(rows), torch.arange(first, last + 1)).T.to(inputs.device)
+        else:
+            position, real = positions(kwargs, rows, width, seen, inputs.device)
+            start = self._start(position, real, cache, seen)[:, None]
+            active = real & (position >= start) & (position <= start + self.window)
+            batch, query = active.nonzero(as_tuple=True)
         if len(batch):
             strength = self._per_row(rows)
             self._active = (batch, query, strength[batch.cpu()] if isinstance(strength, Tensor) else strength)
 
+    def _start(self, position: Tensor, real: Tensor, cache: Any, seen: int) -> Tensor:
+        """(B,) position of each row's prompt end."""
+        if self._given is not None:
+            return self._given[0].to(position.device) - 1
+        if self._begins(cache, seen, position.shape[1]):
+            # the last real token of each row: the highest position among the real ones
+            self._starts = position.masked_fill(~real, -1).amax(dim=1)
+        if self._starts is None or self._starts.shape[0] != position.shape[0]:
+            raise SteeringError(
+                "It cannot be told where the prompts end in this forward pass (the batch changed within a sequence): "
+                "use model.generate, or say it with `with steering.prompts(lengths):`."
+            )
+        return self._starts
+
     def _begins(self, cache: Any, seen: int, width: int) -> bool:
         same = cache is not None and self._cache is not None and self._cache() is cache
-        self._cache = None if cache is None else weakref.ref(cache)
         return seen == 0 or width > 1 or not same or self._starts is None
 
     def _per_row(self, rows: int) -> Tensor | float:
         if not isinstance(self._strength, Tensor):
             return self._strength
         if self._given is not None and self._given[1] is not None:
+            if int(self._given[1].max()) >= len(self._strength):
+                raise SteeringError(
+                    f"strength has {len(self._strength)} entries and row {int(self._given[1].max())} of the prompts is to "
+                    "be steered: give one number, or one per prompt."
+                )
             return self._strength[self._given[1].cpu()]
         if rows % len(self._strength):
             raise SteeringError(
@@ -244,24 +270,35 @@ class Steering:
             )
         return self._strength.repeat_interleave(rows // len(self._strength))  # beams and returned sequences
 
-    def _before_compiled(self, inputs: Tensor, rows: int, width: int, kwargs: dict[str, Any]) -> None:
-        # Fixed shapes and no look at values: a pass of several tokens ends a prompt, one of one token goes on.
-        position, real = _positions(kwargs, rows, width, None, inputs.device)
-        if width > 1 or self._starts is None:
-            last = position.masked_fill(~real, -1).argmax(dim=1)
-            self._starts = position.gather(1, last[:, None])[:, 0]
-            moving = torch.ones_like(last, dtype=torch.bool)
+    def _before_compiled(self, inputs: Tensor, rows: int, width: int, cache: Any, kwargs: dict[str, Any]) -> None:
+        # Fixed shapes and no look at values: so many tokens of each row as the window holds, some of them masked out.
+        if self._given is None and self._end_tensor is not None:
+            seen = 0 if cache is None else cache.get_seq_length()
+            column = (torch.arange(width, device=inputs.device) + seen).expand(rows, width)
+            end = self._end_tensor.to(inputs.device)
+            active = (column >= end) & (column <= end + self.window)
         else:
-            last = torch.zeros(rows, dtype=torch.long, device=inputs.device)
-            moving = position[:, 0] <= self._starts + self.window
-        self._where = (last, moving, self._per_row(rows))
+            position, real = positions(kwargs, rows, width, None, inputs.device)
+            if self._given is not None:
+                self._starts = self._given[0].to(inputs.device) - 1
+            elif width > 1 or self._starts is None:  # several tokens end a prompt, one goes on
+                self._starts = position.masked_fill(~real, -1).amax(dim=1)
+            start = self._starts[:, None]
+            active = real & (position >= start) & (position <= start + self.window)
+        count = min(self.window + 1, width)
+        first = active.to(torch.uint8).argmax(dim=1, keepdim=True).clamp_max(width - count)
+        index = first + torch.arange(count, device=inputs.device)
+        self._where = (index, active.gather(1, index), self._per_row(rows))
 
     def _layer(self, move: Move) -> Callable[..., Any]:
+        buffer = next(move.buffers(), None) if isinstance(move, nn.Module) else None
+        device = None if buffer is None else buffer.device
+
         def steer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if self._active is None and self._where is None:
                 return None
             hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-            moved = self._moved(move, hidden)
+            moved = self._moved(move, hidden, device or hidden.device)
             if args:
                 return (moved, *args[1:]), kwargs
             return args, {**kwargs, "hidden_states": moved}
@@ -269,15 +306,9 @@ class Steering:
         return steer
 
     @torch.no_grad()
-    def _moved(self, move: Move, hidden: Tensor) -> Tensor:
-        device = move.shift.device if isinstance(getattr(move, "shift", None), Tensor) else hidden.device
+    def _moved(self, move: Move, hidden: Tensor, device: torch.device) -> Tensor:
         if self._where is not None:
-            last, moving, strength = self._where
-            index = last[:, None, None].expand(-1, 1, hidden.shape[-1])
-            states = hidden.gather(1, index)[:, 0].float()
-            delta = move.delta(states, strength)
-            new = torch.where(moving[:, None], (states + delta).to(hidden.dtype), states.to(hidden.dtype))
-            return hidden.scatter(1, index, new[:, None])
+            return _moved_compiled(move, hidden, *self._where)
         assert self._active is not None
         batch, query, strength = self._active
         batch, query = batch.to(hidden.device), query.to(hidden.device)
@@ -289,7 +320,11 @@ class Steering:
         return moved
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if torch.compiler.is_compiling() or self._active is None:
+        if torch.compiler.is_compiling():
+            return
+        cache = _cache_of(output)
+        self._cache = None if cache is None else weakref.ref(cache)
+        if self._active is None:
             return
         self._active = None
         if self._fired != len(self._moves):
@@ -299,38 +334,34 @@ class Steering:
             )
 
 
-def _positions(
-    kwargs: dict[str, Any], rows: int, width: int, seen: int | None, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Positions without pads (B, q) and which of the new tokens are real (B, q)."""
-    mask, given = kwargs.get("attention_mask"), kwargs.get("position_ids")
-    real = torch.ones(rows, width, dtype=torch.bool, device=device)
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        columns = slice(mask.shape[1] - width, None) if seen is None else slice(seen, seen + width)
-        if mask.shape[1] >= width + (seen or 0):
-            real = mask[:, columns].to(device).bool()
-            return (mask.to(device).long().cumsum(dim=1) - 1)[:, columns], real
-    if isinstance(given, Tensor) and given.dim() == 2:
-        return given.to(device).expand(rows, width), real
-    return (torch.arange(width, device=device) + (seen or 0)).expand(rows, width), real
+_BYPASSED = (
+    "The model generated without calling its decoder through its hooks, so nothing was steered: run it without the engine "
+    "or wrapper that bypasses them."
+)
 
 
-def _left_padded(kwargs: dict[str, Any], mask: Tensor) -> tuple[dict[str, Any], Tensor]:
-    """Right-padded inputs of `generate`, turned: it reads the last column, which would be a pad."""
-    right = (mask[:, -1] == 0).any()
-    if not bool(right):
-        return kwargs, mask
-    width = mask.shape[1]
-    index = (torch.arange(width, device=mask.device) + mask.sum(dim=1, keepdim=True)) % width
-    if not bool((mask.gather(1, index).diff(dim=1) >= 0).all()):
-        raise SteeringError("The attention mask has pads on both sides or between the tokens: pad on the left.")
-    turned = {"attention_mask": mask.gather(1, index)}
-    for name in ("inputs", "input_ids"):
-        if isinstance(ids := kwargs.get(name), Tensor):
-            turned[name] = ids.gather(1, index.to(ids.device))
-    if isinstance(embeds := kwargs.get("inputs_embeds"), Tensor):
-        turned["inputs_embeds"] = embeds.gather(1, index.to(embeds.device)[:, :, None].expand_as(embeds))
-    return {**kwargs, **turned}, turned["attention_mask"]
+def _moved_compiled(move: Move, hidden: Tensor, index: Tensor, active: Tensor, strength: Tensor | float) -> Tensor:
+    """hidden (B, q, d) with its tokens at index (B, n) moved where active (B, n)."""
+    if isinstance(strength, Tensor):
+        strength = strength.to(hidden.device).repeat_interleave(index.shape[1])
+    where = index[:, :, None].expand(-1, -1, hidden.shape[-1])
+    states = hidden.gather(1, where)
+    delta = move.delta(states.float().flatten(0, 1), strength).view_as(states)
+    moved = (states.float() + delta).to(hidden.dtype)
+    return hidden.scatter(1, where, torch.where(active[:, :, None], moved, states))
+
+
+def _cache_of(output: Any) -> Any:
+    """The cache that a decoder's output holds, where it has one."""
+    if (cache := getattr(output, "past_key_values", None)) is not None or not isinstance(output, tuple):
+        return cache
+    return next((part for part in output if hasattr(part, "get_seq_length")), None)
+
+
+def _forget_compiled() -> None:
+    """Drop compiled code: it does not look at a module's hooks again. Without torch.compile in use this costs nothing."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def _refuse_paged(*args: Any, **kwargs: Any) -> Any:
