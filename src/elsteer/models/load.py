@@ -79,8 +79,8 @@ def load(
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if source.revision is None:
-        source = replace(source, revision=getattr(model.config, "_commit_hash", None))
+    if source.revision is None and (folder := cached_snapshot(source.name, revision)) is not None:
+        source = replace(source, revision=folder.name)
     model.elsteer_source = {"name": source.name, "revision": source.revision, "origin": source.origin}
     model.eval().requires_grad_(False)
     return model, tokenizer
