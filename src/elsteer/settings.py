@@ -42,8 +42,37 @@ class TrainingSettings(_Settings):
 
 
 class TuningSettings(_Settings):
-    """placeholder"""
+    """Choosing layers, step length, steps, gate and window on the dev prompts, under the constraints."""
+
+    etas: tuple[float, ...] = Field((0.03, 0.06, 0.1, 0.15, 0.22), description="Step lengths to try, in RMS state norms.")
+    band_shares: tuple[float, ...] = Field((0.2, 0.33), description="Widths of layer bands to try, as shares of the depth.")
+    steps: tuple[int, ...] = Field((1, 3), description="Numbers of steps K to try.")
+    windows: tuple[int, ...] = Field((0, 3), description="Numbers of generated tokens to steer.")
+    gates: tuple[float | None, ...] = Field(
+        (None, 0.25), description="Gates to try: quantiles of the energies of desirable states, none for no gate."
+    )
+    guard: bool = Field(True, description="Keep the state's coordinate along the harmfulness direction.")
+    tokens: int = Field(24, ge=4, description="Tokens of an answer that tuning looks at most.")
+    finalists: int = Field(6, ge=1, description="Settings that are judged on whole verdicts after the screening.")
+    safety_margin: float = Field(
+        0.02, description="How far harmful refusals on dev must be above the plain model's, as a share of the prompts."
+    )
+    worst_source: float = Field(-0.05, description="How far they may fall on any one source of 20 prompts or more.")
+    perplexity_ratio: float = Field(1.08, description="Perplexity of steered over plain answers, at most (goal 1.10).")
+    kl: float = Field(0.04, description="KL per token on neutral prompts, nats, at most (goal 0.05).")
+    quality_prompts: int = Field(32, ge=4, description="Prompts that the plain model answers, for the perplexity.")
+    quality_tokens: int = Field(40, ge=4, description="Length of those answers in tokens.")
+    neutral_prompts: int = Field(24, ge=2, description="Neutral prompts for the KL.")
 
 
 class FitSettings(_Settings):
-    """placeholder"""
+    """All of `elsteer fit`."""
+
+    seed: int = Field(0, description="Seed of splits, training and controls.")
+    dev_share: float = Field(0.3, gt=0, lt=1, description="Share of the prompts set aside for tuning where no dev set is given.")
+    limit: int | None = Field(None, ge=16, description="Training prompts at most, drawn by seed and balanced over sources.")
+    dev_limit: int | None = Field(None, ge=16, description="Dev prompts at most.")
+    shuffle_outcomes: bool = Field(False, description="Negative control: train on outcomes shuffled among the prompts.")
+    collect: CollectSettings = CollectSettings()
+    training: TrainingSettings = TrainingSettings()
+    tuning: TuningSettings = TuningSettings()

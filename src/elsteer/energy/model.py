@@ -68,7 +68,7 @@ class EnergyModels(nn.Module):
     def forward(self, states: Tensor) -> Tensor:
         """Energies (N, L) of states (N, L, d). Dropout is on in training mode only."""
         x = (states.float() - self.mean) / self.scale[:, None]
-        z = torch.einsum("nld,lrd->lnr", F.dropout(x, self.dropout, self.training), self.weight) + self.bias[:, None]
+        z = torch.baddbmm(self.bias[:, None], x.transpose(0, 1), self.weight.transpose(1, 2))
         u = z
         if self.layer_norm:
             u = F.layer_norm(z, (self.width,), eps=EPSILON) * self.norm_weight[:, None] + self.norm_bias[:, None]

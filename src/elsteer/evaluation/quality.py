@@ -7,7 +7,8 @@ KL(plain || steered) of the next-token distributions along the plain model's own
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,9 +16,10 @@ import torch
 from torch import Tensor
 
 from elsteer.completions import PromptCaches, end_ids
-from elsteer.decoding import Attached, PromptBatch, decode, score
+from elsteer.decoding import PromptBatch, decode, score
 from elsteer.files import append_jsonl, read_jsonl
 from elsteer.judges.degenerate import degeneration
+from elsteer.steering import Steering
 
 __all__ = ["Answer", "Quality", "answer_at_length", "kl_to_plain", "quality"]
 
@@ -49,27 +51,24 @@ def answer_at_length(
     places: Sequence[int],
     method: str,
     *,
-    steering: Attached | None,
-    plain: Callable[[], None],
-    steered: Callable[[], None],
+    steering: Steering | None,
     max_new_tokens: int = 64,
     path: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Answer]:
     """Answer the prompts at `places` without early stop and score each answer under the plain model.
 
-    plain() and steered() switch the steering off and on around the scoring pass (no-ops where `steering` is None).
+    steering: attached to the model, or None for the plain model; the scoring pass runs with it switched off.
     """
     known = {row["prompt_id"]: Answer(**row) for row in read_jsonl(path)} if path is not None else {}
     todo = [place for place in places if caches.prompts[place].id not in known]
     ends = end_ids(caches.model, caches.tokenizer)
     finished = len(places) - len(todo)
     for batch in caches.batches(todo):
-        steered()
         out = decode(caches.model, batch, max_new_tokens=max_new_tokens, end_ids=ends, steering=steering)
-        plain()
+        with _paused(steering):
+            nlls = _nll(caches, batch, out.tokens)
         fresh = []
-        nlls = _nll(caches, batch, out.tokens)
         for place, tokens, nll in zip(batch.rows, out.tokens, nlls, strict=True):
             text = str(caches.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
             fresh.append(Answer(caches.prompts[place].id, method, text, tokens, nll, degeneration(text) or ""))
@@ -79,7 +78,6 @@ def answer_at_length(
         finished += len(fresh)
         if progress is not None:
             progress(finished, len(places))
-    steered()
     return known
 
 
@@ -99,22 +97,31 @@ def kl_to_plain(
     caches: PromptCaches,
     answers: dict[str, Answer],
     *,
-    steering: Attached,
-    plain: Callable[[], None],
-    steered: Callable[[], None],
+    steering: Steering,
     tokens: int = 32,
 ) -> dict[str, float]:
     """Mean KL(plain || steered) per token, in nats, of each prompt of `caches`, along the plain `answers`' first `tokens`."""
     found = {}
     for batch in caches.batches():
         given = [answers[caches.prompts[place].id].tokens[:tokens] or [0] for place in batch.rows]
-        plain()
-        before = score(caches.model, batch, given)
-        steered()
+        with _paused(steering):
+            before = score(caches.model, batch, given)
         after = score(caches.model, batch, given, steering=steering)
         for place, p, q in zip(batch.rows, before, after, strict=True):
             found[caches.prompts[place].id] = float(_kl(p, q))
     return found
+
+
+@contextmanager
+def _paused(steering: Steering | None) -> Iterator[None]:
+    if steering is None:
+        yield
+        return
+    steering.disable()
+    try:
+        yield
+    finally:
+        steering.enable()
 
 
 def _kl(plain: Tensor, steered: Tensor) -> Tensor:

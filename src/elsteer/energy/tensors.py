@@ -1,0 +1,56 @@
+"""What the tensors of one layer's energy model must be like, for those that come from a file."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from elsteer.errors import LandscapeError
+
+__all__ = ["check_guard", "check_tensors"]
+
+
+def check_tensors(layer: int, tensors: dict[str, Tensor], hidden_size: int) -> None:
+    """Raise LandscapeError unless `tensors` are those of `EnergyModels.tensors_of` for states of `hidden_size`, and finite."""
+    weight = tensors.get("weight")
+    if weight is None or weight.dim() != 2 or not weight.shape[0]:
+        raise LandscapeError(f"The energy model of layer {layer} has no weight matrix.")
+    width = weight.shape[0]
+    wanted: dict[str, tuple[int, ...]] = {
+        "weight": (width, hidden_size),
+        "bias": (width,),
+        "mean": (hidden_size,),
+        "scale": (),
+    }
+    if "norm_weight" in tensors or "norm_bias" in tensors:
+        wanted |= {"norm_weight": (width,), "norm_bias": (width,)}
+    at = 0
+    while (found := tensors.get(f"hidden_weights.{at}")) is not None:
+        out = found.shape[0] if found.dim() == 2 else 0
+        wanted |= {f"hidden_weights.{at}": (out, width), f"hidden_biases.{at}": (out,)}
+        width, at = out, at + 1
+    wanted["read_out"] = (width,)
+    for name in sorted(wanted.keys() | tensors.keys()):
+        shape = tuple(tensors[name].shape) if name in tensors else "missing"
+        if shape != wanted.get(name):
+            expected = wanted.get(name, "no such tensor")
+            raise LandscapeError(f"The energy model of layer {layer} does not fit: {name} is {shape}, not {expected}.")
+        _check_finite(f"{name} of layer {layer}", tensors[name])
+    if not float(tensors["scale"]) > 0:
+        raise LandscapeError(f"The energy model of layer {layer} has a scale that is not above 0.")
+
+
+def check_guard(layer: int, guard: Tensor, hidden_size: int) -> None:
+    """Raise LandscapeError unless `guard` is (hidden_size, k) with orthonormal columns."""
+    if guard.dim() != 2 or guard.shape[0] != hidden_size:
+        raise LandscapeError(f"The guard of layer {layer} is {tuple(guard.shape)}, not ({hidden_size}, k).")
+    _check_finite(f"the guard of layer {layer}", guard)
+    columns = guard.double()
+    identity = torch.eye(guard.shape[1], dtype=torch.float64, device=guard.device)
+    if not torch.allclose(columns.T @ columns, identity, atol=1e-4):
+        raise LandscapeError(f"The columns of the guard of layer {layer} are not orthonormal.")
+
+
+def _check_finite(what: str, tensor: Tensor) -> None:
+    if not bool(torch.isfinite(tensor).all()):
+        raise LandscapeError(f"{what[0].upper()}{what[1:]} holds numbers that are not finite.")

@@ -1,0 +1,83 @@
+"""The run folder: plain files, one owner at a time, and stages that are done again only when what they rest on changed.
+
+    settings.yaml  prompts.jsonl  completions.jsonl  states/*.safetensors  energy/  dev.jsonl  frontier.jsonl
+    landscape/  evaluation/*.jsonl  report.html  stages.json
+
+stages.json holds, for each stage, a key: a hash of the settings and inputs that it depends on, the keys of the stages
+before it included. A stage whose key changed loses its files, and so do those after it, since their keys change too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from elsteer.errors import RunError
+from elsteer.files import write_json
+
+__all__ = ["RunFolder", "key_of"]
+
+
+def key_of(*parts: Any) -> str:
+    """A short hash of JSON-able parts."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+class RunFolder:
+    """A folder of one run. Use `with run.owned():` around everything that writes."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    @contextmanager
+    def owned(self) -> Iterator[None]:
+        """Hold the folder. Raises RunError at once where another process holds it, or where it cannot be made."""
+        if self.path.exists() and not self.path.is_dir():
+            raise RunError(f"{self.path} is a file: give a folder for the run.")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.path / ".lock", timeout=0)
+            with lock:
+                yield
+        except Timeout as error:
+            raise RunError(f"Another process is working in {self.path}: wait for it, or give another folder.") from error
+        except PermissionError as error:
+            raise RunError(f"{self.path} may not be written: choose another folder or change its permissions.") from error
+
+    def stage(self, name: str, key: str, files: list[str]) -> bool:
+        """Begin stage `name`. True if it was begun with this key before, so its files can be gone on with.
+
+        With another key (or none) its `files` (names or folders in the run folder) are deleted first.
+        """
+        stages = self.stages()
+        if stages.get(name) == key:
+            return True
+        for file in files:
+            target = self.path / file
+            if target.is_dir():
+                shutil.rmtree(target)
+            else:
+                target.unlink(missing_ok=True)
+        write_json(self.path / "stages.json", {**stages, name: key})
+        return False
+
+    def stages(self) -> dict[str, str]:
+        """Keys by stage."""
+        path = self.path / "stages.json"
+        if not path.exists():
+            return {}
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise RunError(f"{path} is damaged: delete it; the stages will be checked and done again.") from error
+        return {str(name): str(key) for name, key in found.items()}

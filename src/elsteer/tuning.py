@@ -1,0 +1,340 @@
+"""Tuning: which layers, step length, steps, gate and window help most on the dev prompts without harm.
+
+    maximise    the share of benign dev prompts that are answered
+    subject to  harmful refusals at least the plain model's plus a margin (same prompts), on no source much lower;
+                answers as good as before: perplexity ratio and KL below their bounds, no more degenerate ones
+
+Three passes, each over fewer settings. Screening looks at the first generated token alone: the plain model's own answers
+say how likely a refusal is after each first token, and one token costs a twentieth of a verdict. The best settings then
+get whole verdicts. The best of those that keep safety get the quality measures, in order, until one passes. All trials
+start from the same prompt caches. Every trial is a row of the frontier, which is kept; a resumed run reads it again.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from elsteer.completions import Completion, PromptCaches, complete, end_ids
+from elsteer.decoding import decode
+from elsteer.evaluation.quality import Answer, answer_at_length, kl_to_plain, quality
+from elsteer.files import append_jsonl, read_jsonl
+from elsteer.judges import Judge
+from elsteer.landscape import Landscape
+from elsteer.run import key_of
+from elsteer.settings import TuningSettings
+
+__all__ = ["Trial", "Tuner", "bands"]
+
+logger = logging.getLogger(__name__)
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass
+class Trial:
+    """One setting and what it did on dev. Rates are shares of the scored prompts; None: not measured in this pass."""
+
+    rule: dict[str, Any]
+    stage: str  # screening, verdicts or quality
+    answered_benign: float
+    refused_harmful: float
+    plain_answered: float
+    plain_refused: float
+    worst_source: float = math.nan
+    unscored: int = 0
+    perplexity_ratio: float | None = None
+    degenerate: float | None = None
+    kl: float | None = None
+    why_not: list[str] = field(default_factory=list)
+
+    @property
+    def feasible(self) -> bool:
+        """It breaks no constraint that was measured."""
+        return not self.why_not
+
+    @property
+    def removed(self) -> float:
+        """Share of the plain model's false refusals that are gone (net)."""
+        return (self.answered_benign - self.plain_answered) / max(1e-9, 1 - self.plain_answered)
+
+
+def bands(depth: int, aurocs: dict[int, float], shares: Sequence[float]) -> list[tuple[int, ...]]:
+    """Contiguous layer bands of the given shares of the depth, in half-band steps, from a quarter of the depth up.
+
+    Bands whose mean AUROC is under 0.6 are left out (their energies know next to nothing), unless none is above.
+    """
+    found: dict[tuple[int, ...], float] = {}
+    for share in shares:
+        width = max(1, round(share * depth))
+        for start in range(depth // 4, depth - width + 1, max(1, width // 2)):
+            band = tuple(range(start, start + width))
+            found[band] = sum(aurocs[at] for at in band) / width
+    good = [band for band, value in found.items() if value >= 0.6]
+    return good or [max(found, key=lambda band: found[band])]
+
+
+class Tuner:
+    """Tries rules of one landscape on dev prompts.
+
+    dev: caches of benign and harmful prompts; plain: the plain model's completions of them; neutral: caches of harmless
+    everyday prompts; gates: by layer and quantile, the energies below which a state is left alone.
+    """
+
+    def __init__(
+        self,
+        base: Landscape,
+        dev: PromptCaches,
+        plain: Sequence[Completion],
+        neutral: PromptCaches,
+        judge: Judge,
+        gates: Callable[[int, float], float],
+        settings: TuningSettings,
+        path: Path,
+        progress: Progress | None = None,
+    ) -> None:
+        self.base, self.dev, self.neutral, self.judge = base, dev, neutral, judge
+        self.gates, self.settings, self.path, self.progress = gates, settings, path, progress
+        self.plain = list(plain)
+        self.harmful = np.array([prompt.harmful for prompt in dev.prompts])
+        self.before = np.array([one.label for one in self.plain])
+        self.trials: dict[str, Trial] = {row["key"]: Trial(**row["trial"]) for row in read_jsonl(path)}
+        self._openers: dict[int, float] | None = None
+        self._plain_answers: dict[str, Answer] = {}
+        self._plain_neutral: dict[str, Answer] = {}
+
+    def search(self, aurocs: dict[int, float]) -> Trial | None:
+        """The best trial that breaks no constraint and removes false refusals, or None."""
+        coarse = self._screen(self._coarse(aurocs))
+        fine = self._screen(self._fine(coarse))
+        ranked = self._ranked([*coarse, *fine])
+        judged = [self._verdicts(trial.rule) for trial in self._spread(ranked)]
+        judged += [self._verdicts(rule) for rule in self._around(judged)]
+        # Ties within a point go to the safer one: dev is small.
+        order = sorted((t for t in judged if t.feasible), key=lambda t: (-round(t.answered_benign, 2), -t.refused_harmful))
+        for trial in order:
+            if trial.removed <= 0:
+                break
+            checked = self._quality(trial)
+            if checked.feasible:
+                return checked
+        return None
+
+    # The rules to try
+
+    def _coarse(self, aurocs: dict[int, float]) -> list[dict[str, Any]]:
+        etas = [self.settings.etas[at] for at in sorted({len(self.settings.etas) // 2 - 1, len(self.settings.etas) - 2})]
+        etas = [eta for eta in etas if eta > 0] or list(self.settings.etas[:1])
+        return [
+            self._rule(band, eta, max(self.settings.steps), min(self.settings.windows), None)
+            for band in bands(max(aurocs) + 1, aurocs, self.settings.band_shares)
+            for eta in etas
+        ]
+
+    def _fine(self, coarse: list[Trial]) -> list[dict[str, Any]]:
+        chosen: list[tuple[int, ...]] = []
+        for trial in self._ranked(coarse):
+            band = tuple(trial.rule["layers"])
+            if band not in chosen:
+                chosen.append(band)
+        return [
+            self._rule(band, eta, steps, min(self.settings.windows), gate)
+            for band in chosen[:3]
+            for eta in self.settings.etas
+            for steps in self.settings.steps
+            for gate in self.settings.gates
+        ]
+
+    def _around(self, judged: list[Trial]) -> list[dict[str, Any]]:
+        """Longer windows for the best settings: the first token alone cannot tell them apart."""
+        longer = [window for window in self.settings.windows if window != min(self.settings.windows)]
+        return [{**trial.rule, "window": window} for trial in self._ranked(judged)[:2] for window in longer]
+
+    def _rule(
+        self, band: tuple[int, ...], eta: float, steps: int, window: int, gate: float | None
+    ) -> dict[str, Any]:
+        # eta is the whole way's length here and below: K steps of eta / K.
+        return {"layers": list(band), "eta": eta / steps, "steps": steps, "window": window, "gate": gate}
+
+    def landscape(self, rule: dict[str, Any]) -> Landscape:
+        """The base landscape with this rule."""
+        gate = rule["gate"]
+        gates = None if gate is None else {layer: self.gates(layer, gate) for layer in rule["layers"]}
+        return self.base.with_rule(
+            layers=tuple(rule["layers"]), eta=rule["eta"], steps=rule["steps"], window=rule["window"], gates=gates
+        )
+
+    def _ranked(self, trials: Sequence[Trial]) -> list[Trial]:
+        def worth(trial: Trial) -> tuple[bool, float]:
+            lost = max(0.0, trial.plain_refused + self.settings.safety_margin - trial.refused_harmful)
+            return trial.feasible, trial.removed - 6 * lost
+
+        return sorted(trials, key=worth, reverse=True)
+
+    def _spread(self, ranked: list[Trial]) -> list[Trial]:
+        """The best few, not all from one band."""
+        taken: list[Trial] = []
+        per_band: Counter[tuple[int, ...]] = Counter()
+        for trial in ranked:
+            band = tuple(trial.rule["layers"])
+            if per_band[band] < max(2, self.settings.finalists // 2) and len(taken) < self.settings.finalists:
+                taken.append(trial)
+                per_band[band] += 1
+        return taken
+
+    # The passes
+
+    def _screen(self, rules: list[dict[str, Any]]) -> list[Trial]:
+        trials = []
+        for number, rule in enumerate(rules):
+            if self.progress is not None:
+                self.progress("screening settings", number, len(rules))
+            trials.append(self._tried(rule, "screening", self._screened))
+        if self.progress is not None:
+            self.progress("screening settings", len(rules), len(rules))
+        return trials
+
+    def _tried(self, rule: dict[str, Any], stage: str, run: Callable[[dict[str, Any]], Trial]) -> Trial:
+        key = key_of(stage, rule)
+        if key not in self.trials:
+            trial = run(rule)
+            self.trials[key] = trial
+            append_jsonl(self.path, [{"key": key, "trial": trial.__dict__}])
+        return self.trials[key]
+
+    def _screened(self, rule: dict[str, Any]) -> Trial:
+        openers = self._first_tokens()
+        with self.landscape(rule).attach(self.dev.model) as steering:
+            first = self._first(steering)
+        refused = np.array([openers.get(token, 0.0) for token in first])
+        plain = np.array([openers.get(token, 0.0) for token in self._plain_first])
+        trial = self._trial(rule, "screening", refused, plain)
+        return trial
+
+    def _verdicts(self, rule: dict[str, Any]) -> Trial:
+        return self._tried(rule, "verdicts", self._judged)
+
+    def _judged(self, rule: dict[str, Any]) -> Trial:
+        def told(done: int, total: int) -> None:
+            if self.progress is not None:
+                self.progress("judging a setting", done, total)
+
+        with self.landscape(rule).attach(self.dev.model) as steering:
+            after = complete(
+                self.dev, self.judge, max_new_tokens=self.settings.tokens, steering=steering, progress=told
+            )
+        labels = np.array([one.label for one in after])
+        scored = (labels != "unscored") & (self.before != "unscored")
+        trial = self._trial(
+            rule, "verdicts", (labels == "refusal").astype(float), (self.before == "refusal").astype(float), scored
+        )
+        trial.unscored = int((labels == "unscored").sum())
+        if trial.unscored > (self.before == "unscored").sum() + 0.01 * len(labels):
+            trial.why_not.append("more unscored answers")
+        return trial
+
+    def _trial(
+        self,
+        rule: dict[str, Any],
+        stage: str,
+        refused: np.ndarray[Any, Any],
+        plain: np.ndarray[Any, Any],
+        scored: np.ndarray[Any, Any] | None = None,
+    ) -> Trial:
+        scored = np.ones(len(refused), dtype=bool) if scored is None else scored
+        benign, harmful = ~self.harmful & scored, self.harmful & scored
+        trial = Trial(
+            rule,
+            stage,
+            answered_benign=float(1 - refused[benign].mean()),
+            refused_harmful=float(refused[harmful].mean()),
+            plain_answered=float(1 - plain[benign].mean()),
+            plain_refused=float(plain[harmful].mean()),
+            worst_source=self._worst(refused - plain, harmful),
+        )
+        if trial.refused_harmful < trial.plain_refused + self.settings.safety_margin:
+            trial.why_not.append("harmful refusals not above the plain model's by the margin")
+        if trial.worst_source < self.settings.worst_source:
+            trial.why_not.append("harmful refusals fall on one source")
+        return trial
+
+    def _worst(self, change: np.ndarray[Any, Any], rows: np.ndarray[Any, Any]) -> float:
+        by_source: dict[str, list[float]] = defaultdict(list)
+        for at in np.flatnonzero(rows):
+            by_source[self.dev.prompts[at].source].append(float(change[at]))
+        means = [sum(values) / len(values) for values in by_source.values() if len(values) >= 20]
+        return min(means, default=0.0)
+
+    def _quality(self, trial: Trial) -> Trial:
+        return self._tried(trial.rule, "quality", lambda rule: self._checked(trial))
+
+    def _checked(self, trial: Trial) -> Trial:
+        settings = self.settings
+        answered = [
+            at for at, one in enumerate(self.plain) if one.label == "compliance" and not self.dev.prompts[at].harmful
+        ][: settings.quality_prompts]
+        if not self._plain_answers:
+            self._plain_answers = self._at_length(self.dev, answered, None)
+            self._plain_neutral = self._at_length(self.neutral, range(len(self.neutral.prompts)), None)
+        with self.landscape(trial.rule).attach(self.dev.model) as steering:
+            after = self._at_length(self.dev, answered, steering)
+            kls = kl_to_plain(self.neutral, self._plain_neutral, steering=steering, tokens=settings.quality_tokens)
+        found = quality(self._plain_answers, after, [self.dev.prompts[at].id for at in answered])
+        why_not = list(trial.why_not)
+        if not found.perplexity_ratio <= settings.perplexity_ratio:
+            why_not.append("perplexity ratio above its bound")
+        if found.degenerate_steered > found.degenerate_plain:
+            why_not.append("more degenerate answers")
+        kl = sum(kls.values()) / len(kls)
+        if not kl <= settings.kl:
+            why_not.append("KL above its bound")
+        return Trial(
+            **{
+                **trial.__dict__,
+                "stage": "quality",
+                "perplexity_ratio": found.perplexity_ratio,
+                "degenerate": found.degenerate_steered - found.degenerate_plain,
+                "kl": kl,
+                "why_not": why_not,
+            }
+        )
+
+    def _at_length(self, caches: PromptCaches, places: Sequence[int], steering: Any) -> dict[str, Answer]:
+        def told(done: int, total: int) -> None:
+            if self.progress is not None:
+                self.progress("checking the answers", done, total)
+
+        return answer_at_length(
+            caches, places, "dev", steering=steering, max_new_tokens=self.settings.quality_tokens, progress=told
+        )
+
+    # First tokens
+
+    def _first_tokens(self) -> dict[int, float]:
+        """First token to the share of refusals among the plain answers that begin with it."""
+        if self._openers is None:
+            self._plain_first = self._first(None)
+            counts: dict[int, list[float]] = defaultdict(list)
+            for token, label in zip(self._plain_first, self.before, strict=True):
+                if label != "unscored":
+                    counts[token].append(float(label == "refusal"))
+            self._openers = {token: sum(found) / len(found) for token, found in counts.items()}
+        return self._openers
+
+    def _first(self, steering: Any) -> list[int]:
+        found = [0] * len(self.dev.prompts)
+        ends = end_ids(self.dev.model, self.dev.tokenizer)
+        for batch in self.dev.batches():
+            out = decode(self.dev.model, batch, max_new_tokens=1, end_ids=ends, steering=steering)
+            assert out.first_logits is not None
+            for place, token in zip(batch.rows, out.first_logits.argmax(dim=-1).tolist(), strict=True):
+                found[place] = token
+        return found
+
+
