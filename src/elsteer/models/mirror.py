@@ -23,6 +23,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError
 
 from elsteer.errors import ModelError
 from elsteer.files import write_json
@@ -78,8 +79,9 @@ def fetch(name: str) -> Path:
             return where(name) or _fetch(mirror, root)
         finally:
             lock.release()
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, SafetensorError) as error:
+        # safetensors wraps what the operating system says of a full disk in a sentence.
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error):
             raise ModelError(f"The disk of {root} ran full: free some space and do the same again to go on.") from error
         raise ModelError(f"{name} could not be stored in {root} ({error}): set ELSTEER_CACHE elsewhere.") from error
 

