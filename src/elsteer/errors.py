@@ -6,7 +6,16 @@ Anything else that is raised is a defect of elsteer.
 
 from __future__ import annotations
 
-__all__ = ["ElsteerError", "JudgeError", "LandscapeError", "ModelError", "NothingHelps", "PromptError", "RunError", "SteeringError"]
+__all__ = [
+    "ElsteerError",
+    "JudgeError",
+    "LandscapeError",
+    "ModelError",
+    "NothingHelps",
+    "PromptError",
+    "RunError",
+    "SteeringError",
+]
 
 
 class ElsteerError(Exception):

@@ -17,7 +17,9 @@ __all__ = ["append_jsonl", "read_jsonl", "write_atomic", "write_json", "write_js
 
 def _explain(error: OSError, path: Path) -> RunError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return RunError(f"No space left on the disk that holds {path}: free some and run the same command again to go on.")
+        return RunError(
+            f"No space left on the disk that holds {path}: free some and run the same command again to go on."
+        )
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         return RunError(f"{path} may not be written: choose another folder or change its permissions.")
     return RunError(f"{path} could not be written: {error.strerror or error}.")
@@ -49,7 +51,9 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
-    write_atomic(path, lambda to: to.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"))
+    write_atomic(
+        path, lambda to: to.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    )
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -96,4 +100,6 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
             try:
                 yield json.loads(line)
             except ValueError as error:
-                raise RunError(f"{path}, line {number} is damaged: delete that file and run the stage again.") from error
+                raise RunError(
+                    f"{path}, line {number} is damaged: delete that file and run the stage again."
+                ) from error

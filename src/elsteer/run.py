@@ -50,9 +50,13 @@ class RunFolder:
             with lock:
                 yield
         except Timeout as error:
-            raise RunError(f"Another process is working in {self.path}: wait for it, or give another folder.") from error
+            raise RunError(
+                f"Another process is working in {self.path}: wait for it, or give another folder."
+            ) from error
         except PermissionError as error:
-            raise RunError(f"{self.path} may not be written: choose another folder or change its permissions.") from error
+            raise RunError(
+                f"{self.path} may not be written: choose another folder or change its permissions."
+            ) from error
 
     def stage(self, name: str, key: str, files: list[str]) -> bool:
         """Begin stage `name`. True if it was begun with this key before, so its files can be gone on with.

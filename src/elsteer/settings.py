@@ -44,8 +44,12 @@ class TrainingSettings(_Settings):
 class TuningSettings(_Settings):
     """Choosing layers, step length, steps, gate and window on the dev prompts, under the constraints."""
 
-    etas: tuple[float, ...] = Field((0.03, 0.06, 0.1, 0.15, 0.22), description="Step lengths to try, in RMS state norms.")
-    band_shares: tuple[float, ...] = Field((0.2, 0.33), description="Widths of layer bands to try, as shares of the depth.")
+    etas: tuple[float, ...] = Field(
+        (0.03, 0.06, 0.1, 0.15, 0.22), description="Step lengths to try, in RMS state norms."
+    )
+    band_shares: tuple[float, ...] = Field(
+        (0.2, 0.33), description="Widths of layer bands to try, as shares of the depth."
+    )
     steps: tuple[int, ...] = Field((1, 3), description="Numbers of steps K to try.")
     windows: tuple[int, ...] = Field((0, 3), description="Numbers of generated tokens to steer.")
     gates: tuple[float | None, ...] = Field(
@@ -69,8 +73,12 @@ class FitSettings(_Settings):
     """All of `elsteer fit`."""
 
     seed: int = Field(0, description="Seed of splits, training and controls.")
-    dev_share: float = Field(0.3, gt=0, lt=1, description="Share of the prompts set aside for tuning where no dev set is given.")
-    limit: int | None = Field(None, ge=16, description="Training prompts at most, drawn by seed and balanced over sources.")
+    dev_share: float = Field(
+        0.3, gt=0, lt=1, description="Share of the prompts set aside for tuning where no dev set is given."
+    )
+    limit: int | None = Field(
+        None, ge=16, description="Training prompts at most, drawn by seed and balanced over sources."
+    )
     dev_limit: int | None = Field(None, ge=16, description="Dev prompts at most.")
     shuffle_outcomes: bool = Field(False, description="Negative control: train on outcomes shuffled among the prompts.")
     collect: CollectSettings = CollectSettings()

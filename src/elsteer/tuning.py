@@ -117,7 +117,9 @@ class Tuner:
         judged = [self._verdicts(trial.rule) for trial in self._spread(ranked)]
         judged += [self._verdicts(rule) for rule in self._around(judged)]
         # Ties within a point go to the safer one: dev is small.
-        order = sorted((t for t in judged if t.feasible), key=lambda t: (-round(t.answered_benign, 2), -t.refused_harmful))
+        order = sorted(
+            (t for t in judged if t.feasible), key=lambda t: (-round(t.answered_benign, 2), -t.refused_harmful)
+        )
         for trial in order:
             if trial.removed <= 0:
                 break
@@ -129,7 +131,9 @@ class Tuner:
     # The rules to try
 
     def _coarse(self, aurocs: dict[int, float]) -> list[dict[str, Any]]:
-        etas = [self.settings.etas[at] for at in sorted({len(self.settings.etas) // 2 - 1, len(self.settings.etas) - 2})]
+        etas = [
+            self.settings.etas[at] for at in sorted({len(self.settings.etas) // 2 - 1, len(self.settings.etas) - 2})
+        ]
         etas = [eta for eta in etas if eta > 0] or list(self.settings.etas[:1])
         return [
             self._rule(band, eta, max(self.settings.steps), min(self.settings.windows), None)
@@ -156,9 +160,7 @@ class Tuner:
         longer = [window for window in self.settings.windows if window != min(self.settings.windows)]
         return [{**trial.rule, "window": window} for trial in self._ranked(judged)[:2] for window in longer]
 
-    def _rule(
-        self, band: tuple[int, ...], eta: float, steps: int, window: int, gate: float | None
-    ) -> dict[str, Any]:
+    def _rule(self, band: tuple[int, ...], eta: float, steps: int, window: int, gate: float | None) -> dict[str, Any]:
         # eta is the whole way's length here and below: K steps of eta / K.
         return {"layers": list(band), "eta": eta / steps, "steps": steps, "window": window, "gate": gate}
 
@@ -214,8 +216,7 @@ class Tuner:
             first = self._first(steering)
         refused = np.array([openers.get(token, 0.0) for token in first])
         plain = np.array([openers.get(token, 0.0) for token in self._plain_first])
-        trial = self._trial(rule, "screening", refused, plain)
-        return trial
+        return self._trial(rule, "screening", refused, plain)
 
     def _verdicts(self, rule: dict[str, Any]) -> Trial:
         return self._tried(rule, "verdicts", self._judged)
@@ -336,5 +337,3 @@ class Tuner:
             for place, token in zip(batch.rows, out.first_logits.argmax(dim=-1).tolist(), strict=True):
                 found[place] = token
         return found
-
-

@@ -19,4 +19,5 @@ Method = Callable[[int, dict[str, Tensor], Tensor | None, SteeringRule], Move]
 METHODS: dict[str, Method] = {
     "els": els,
     "random": random_direction,
+    "shuffled": els,  # the control: the same step on energies that were trained on shuffled outcomes
 }

@@ -1,0 +1,389 @@
+"""`evaluate`: plain against steered on the same prompts, every row kept, resumable, with a report.
+
+Files in the run folder: evaluation/NAME.METHOD.jsonl (a row a prompt), evaluation/answers.METHOD.jsonl (full-length
+answers for the quality measures), evaluation/summary.json, report.html.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from elsteer.completions import Completion, PromptCaches, complete
+from elsteer.decoding import decode
+from elsteer.errors import PromptError
+from elsteer.evaluation.plots import before_after_picture, landscape_picture
+from elsteer.evaluation.quality import Answer, Quality, answer_at_length, quality
+from elsteer.evaluation.report import Example, ReportData, verdict_sentence, write_report
+from elsteer.evaluation.statistics import Interval, mean_bootstrap
+from elsteer.evaluation.tables import Comparison, compare_all
+from elsteer.files import write_atomic, write_json
+from elsteer.judges import Judge, get_judge, outcome_of
+from elsteer.landscape import Landscape
+from elsteer.models import decoder_blocks
+from elsteer.prompts import Prompt, load_suite
+from elsteer.run import RunFolder, key_of
+from elsteer.states import watch_states
+
+__all__ = ["Evaluation", "evaluate"]
+
+Progress = Callable[[str, int, int], None]
+Method = Landscape | Literal["none"]
+PLAIN = "none"
+_EXAMPLES = 12
+
+
+@dataclass
+class Evaluation:
+    """What an evaluation found.
+
+    rows: as in `elsteer.evaluation.tables`; tables: method to its tables ("total", "suite", "source", "category").
+    answers: method to prompt id to full-length answer; quality: of each method. seconds: by stage. report: report.html.
+    """
+
+    rows: list[dict[str, Any]]
+    tables: dict[str, dict[str, list[Comparison]]]
+    quality_of: dict[str, Quality]
+    perplexity: dict[str, Interval]
+    examples: list[Example]
+    seconds: dict[str, float]
+    report: Path
+    answers: dict[str, dict[str, Answer]] = field(default_factory=dict)
+
+    @property
+    def method(self) -> str:
+        """The first method that is not the plain model: what the report is about."""
+        return next(iter(self.tables))
+
+    def comparisons(self, method: str | None = None) -> dict[str, list[Comparison]]:
+        """The tables of `method` (the first one by default)."""
+        return self.tables[method or self.method]
+
+    @property
+    def quality(self) -> Quality | None:
+        """Of the first method; None where it was not measured."""
+        return self.quality_of.get(self.method)
+
+    @property
+    def sentence(self) -> str:
+        """The verdict in plain words."""
+        return verdict_sentence(self.comparisons()["total"])
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    methods: Sequence[Method],
+    suites: Sequence[str],
+    *,
+    run_dir: str | Path,
+    data_dir: str | Path | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    judge: str = "rules",
+    quality: bool = True,
+    quality_prompts: int = 200,
+    quality_tokens: int = 64,
+    max_new_tokens: int = 48,
+    batch_size: int = 32,
+    frontier_png: bytes | None = None,
+    progress: Progress | None = None,
+    command: str = "",
+    split: str = "test",
+) -> Evaluation:
+    """Answer the prompts of `suites` with the plain model and each landscape of `methods`, judge, compare and report.
+
+    The plain model ("none") always takes part. limit: prompts of a suite at most, drawn by seed. quality: also answer at
+    full length up to `quality_prompts` benign prompts that the plain model answers, and compare perplexity under the plain
+    model. Verdicts stop an answer early, at `max_new_tokens` at most. Started again, it goes on where it was.
+    Raises PromptError for an unknown suite, LandscapeError where a landscape does not fit the model.
+    """
+    run = RunFolder(run_dir)
+    landscapes = {one.method: one for one in methods if isinstance(one, Landscape)}
+    if not landscapes or len(landscapes) != sum(isinstance(one, Landscape) for one in methods):
+        raise PromptError("Give at least one landscape to evaluate, and each method once.")
+    with run.owned():
+        judging = get_judge(judge)
+        first = next(iter(landscapes.values()))
+        work = _Work(model, tokenizer, judging, run, seed, max_new_tokens, batch_size, first, progress)
+        folder = Path(data_dir) if data_dir is not None else None
+        for name in suites:
+            prompts = load_suite(name, data_dir=folder, limit=limit, seed=seed)
+            work.run_suite(Path(name).stem, prompts, landscapes)
+        measured = work.measure_quality(landscapes, quality_prompts, quality_tokens) if quality else {}
+        return work.report(landscapes, measured, command, split, judge, list(suites), frontier_png)
+
+
+@dataclass
+class _Work:
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    judge: Judge
+    run: RunFolder
+    seed: int
+    max_new_tokens: int
+    batch_size: int
+    first: Landscape
+    progress: Progress | None
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    caches: dict[str, PromptCaches] = field(default_factory=dict)
+    plain: dict[str, list[Completion]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    answers: dict[str, dict[str, Answer]] = field(default_factory=dict)
+
+    def run_suite(self, suite: str, prompts: list[Prompt], landscapes: dict[str, Landscape]) -> None:
+        collect = self.first.provenance.get("settings", {}).get("collect", {})
+        caches = PromptCaches(
+            self.model,
+            self.tokenizer,
+            prompts,
+            batch_size=self.batch_size,
+            system=collect.get("system"),
+            thinking=collect.get("thinking"),
+        )
+        self.caches[suite] = caches
+        self.plain[suite] = self._answer(suite, caches, PLAIN, None)
+        for name, landscape in landscapes.items():
+            self._answer(suite, caches, name, landscape)
+
+    def _answer(self, suite: str, caches: PromptCaches, method: str, landscape: Landscape | None) -> list[Completion]:
+        strength = 0.0 if landscape is None else landscape.rule.strength
+        mark = {
+            "suite": suite,
+            "method": method,
+            "strength": strength,
+            "tokens_at_most": self.max_new_tokens,
+            "key": self._key(landscape),
+        }
+
+        def describe(prompt: Prompt) -> dict[str, Any]:
+            return {
+                "prompt": prompt.text,
+                "harmful": prompt.harmful,
+                "source": prompt.source,
+                "category": prompt.category,
+            }
+
+        def told(done: int, total: int) -> None:
+            if self.progress is not None:
+                self.progress(f"{suite}, {'plain' if landscape is None else method}", done, total)
+
+        path = self.run / f"evaluation/{suite}.{method}.jsonl"
+        before = time.perf_counter()
+
+        def answered(steering: Any) -> list[Completion]:
+            return complete(
+                caches,
+                self.judge,
+                max_new_tokens=self.max_new_tokens,
+                steering=steering,
+                path=path,
+                extra=mark,
+                describe=describe,
+                progress=told,
+            )
+
+        if landscape is None:
+            found = answered(None)
+        else:
+            with landscape.attach(self.model, tokenizer=self.tokenizer) as steering:
+                found = answered(steering)
+        self.seconds[f"{suite}, {method}"] = time.perf_counter() - before
+        for prompt, one in zip(caches.prompts, found, strict=True):
+            row = {**mark, **describe(prompt), **dataclasses.asdict(one), "completion": one.text}
+            self.rows.append(row)
+        return found
+
+    def _key(self, landscape: Landscape | None) -> str:
+        """What the rows rest on: other energies, another rule or another model make other rows."""
+        sums = [] if landscape is None else [float(t.double().abs().sum()) for t in _flat(landscape)]
+        rule = None if landscape is None else landscape.rule.to_dict()
+        return key_of(self.first.fingerprint.to_dict(), rule, sums, str(self.model.dtype), self.judge.name)
+
+    def measure_quality(
+        self, landscapes: dict[str, Landscape], limit: int, tokens: int
+    ) -> dict[str, tuple[Quality, Interval]]:
+        chosen = {
+            suite: [
+                at
+                for at, one in enumerate(self.plain[suite])
+                if one.label == "compliance" and not caches.prompts[at].harmful
+            ]
+            for suite, caches in self.caches.items()
+        }
+        share = max(1, limit // max(1, sum(bool(places) for places in chosen.values())))
+        chosen = {suite: places[:share] for suite, places in chosen.items()}
+        if not any(chosen.values()):
+            return {}
+        ids = [self.caches[suite].prompts[at].id for suite, places in chosen.items() for at in places]
+        self.answers[PLAIN] = self._at_length(chosen, PLAIN, None, tokens)
+        found: dict[str, tuple[Quality, Interval]] = {}
+        for name, landscape in landscapes.items():
+            with landscape.attach(self.model, tokenizer=self.tokenizer) as steering:
+                after = self.answers[name] = self._at_length(chosen, name, steering, tokens, landscape)
+            logs = [after[one].nll - self.answers[PLAIN][one].nll for one in ids]
+            ratio = mean_bootstrap([x for x in logs if math.isfinite(x)], seed=self.seed).map(math.exp)
+            found[name] = quality(self.answers[PLAIN], after, ids), ratio
+        return found
+
+    def _at_length(
+        self,
+        chosen: dict[str, list[int]],
+        method: str,
+        steering: Any,
+        tokens: int,
+        landscape: Landscape | None = None,
+    ) -> dict[str, Answer]:
+        answers: dict[str, Answer] = {}
+        for suite, places in chosen.items():
+            key = key_of(self._key(landscape), tokens)
+            path = self.run / f"evaluation/answers.{suite}.{method}.{key}.jsonl"
+
+            def told(done: int, total: int, suite: str = suite) -> None:
+                if self.progress is not None:
+                    self.progress(f"{suite}, whole answers, {'plain' if steering is None else method}", done, total)
+
+            answers |= answer_at_length(
+                self.caches[suite], places, method, steering=steering, max_new_tokens=tokens, path=path, progress=told
+            )
+        return answers
+
+    def report(
+        self,
+        landscapes: dict[str, Landscape],
+        measured: dict[str, tuple[Quality, Interval]],
+        command: str,
+        split: str,
+        judge: str,
+        suites: list[str],
+        frontier_png: bytes | None,
+    ) -> Evaluation:
+        tables = {name: compare_all(self.rows, name, seed=self.seed) for name in landscapes}
+        main = next(iter(landscapes))
+        examples = self._examples(main)
+        path = self.run / "report.html"
+        pictures = self._pictures(landscapes[main])
+        before_after = before_after_picture(tables[main]["suite"], "Refused, plain and steered")
+        write_atomic(self.run / "before_after.png", lambda to: to.write_bytes(before_after))
+        for name, picture in pictures.items():
+            write_atomic(self.run / f"{_slug(name)}.png", lambda to, picture=picture: to.write_bytes(picture))  # type: ignore[misc]
+        write_report(
+            path,
+            ReportData(
+                title="elsteer: plain against steered",
+                model=self.first.fingerprint.name or "",
+                method=main,
+                command=command,
+                created=datetime.now(UTC).isoformat(timespec="seconds"),
+                seed=self.seed,
+                split=f"{split} ({', '.join(suites)})",
+                judge=judge,
+                comparisons=tables[main],
+                landscape={name: str(value) for name, value in landscapes[main].rule.to_dict().items()},
+                quality=_quality_words(measured.get(main)),
+                before_after_png=before_after,
+                frontier_png=frontier_png,
+                landscape_pngs=pictures,
+                examples=examples,
+                timings=self.seconds,
+                provenance={
+                    "dtype": str(self.model.dtype),
+                    "landscape created": str(landscapes[main].provenance.get("created")),
+                },
+            ),
+        )
+        summary = {
+            name: {group: [dataclasses.asdict(one) for one in found] for group, found in table.items()}
+            for name, table in tables.items()
+        }
+        write_json(self.run / "evaluation/summary.json", summary)
+        return Evaluation(
+            self.rows,
+            tables,
+            {name: found[0] for name, found in measured.items()},
+            {name: found[1] for name, found in measured.items()},
+            examples,
+            self.seconds,
+            path,
+            self.answers,
+        )
+
+    def _examples(self, method: str) -> list[Example]:
+        """Changed answers first, at most a dozen benign and a dozen harmful, spread over the suites."""
+        by_key = {(row["suite"], row["prompt_id"], row["method"]): row for row in self.rows}
+        found: dict[bool, list[Example]] = {False: [], True: []}
+        for row in self.rows:
+            if row["method"] != PLAIN:
+                continue
+            after = by_key[(row["suite"], row["prompt_id"], method)]
+            if row["label"] == after["label"] or "unscored" in (row["label"], after["label"]):
+                continue
+            pair = (row["completion"], row["label"], after["completion"], after["label"])
+            found[row["harmful"]].append(Example(row["prompt"], row["harmful"], *pair, row["suite"]))
+        spread = []
+        for harmful in (False, True):
+            step = max(1, len(found[harmful]) // _EXAMPLES)
+            spread += found[harmful][::step][:_EXAMPLES]
+        return spread
+
+    def _pictures(self, landscape: Landscape) -> dict[str, bytes]:
+        """The energy landscape in a plane through the prompts' states at the middle steered layer."""
+        suite, caches = next(iter(self.caches.items()))
+        layer = landscape.rule.layers[len(landscape.rule.layers) // 2]
+        places = list(range(len(caches.prompts)))[:: max(1, len(caches.prompts) // 200)]
+        states = _last_states(caches, places, layer)
+        known = {(row["suite"], row["prompt_id"]): row["label"] for row in self.rows if row["method"] == PLAIN}
+        outcomes = [outcome_of(caches.prompts[at].harmful, known[(suite, caches.prompts[at].id)]) for at in places]
+        kept = [i for i, one in enumerate(outcomes) if one is not None]
+        if len(kept) < 8:
+            return {}
+        descent = landscape.descent(layer).cpu()
+        wrong = [i for i in kept if outcomes[i] == "false_refusal"][:15]
+        paths = descent.path(states[wrong]).transpose(0, 1) if wrong and landscape.rule.eta > 0 else None
+        title = f"Energy of layer {layer}"
+        picture = landscape_picture(states[kept], [str(outcomes[i]) for i in kept], descent.energy, paths, title=title)
+        return {f"landscape at layer {layer}": picture}
+
+
+def _flat(landscape: Landscape) -> list[Tensor]:
+    found = [
+        landscape.tensors[layer][name] for layer in landscape.rule.layers for name in sorted(landscape.tensors[layer])
+    ]
+    return found + [landscape.guards[layer] for layer in landscape.rule.layers if layer in landscape.guards]
+
+
+def _last_states(caches: PromptCaches, places: Sequence[int], layer: int) -> Tensor:
+    found: dict[int, Tensor] = {}
+    for batch in caches.batches(places):
+        with watch_states(decoder_blocks(caches.model)) as latest:
+            decode(caches.model, batch, max_new_tokens=1, end_ids=set())
+            state = latest[layer]
+        assert state is not None
+        found.update(zip(batch.rows, state.cpu(), strict=True))
+    return torch.stack([found[place] for place in places])
+
+
+def _quality_words(measured: tuple[Quality, Interval] | None) -> dict[str, str]:
+    if measured is None:
+        return {}
+    found, ratio = measured
+    return {
+        "perplexity of steered over plain answers, under the plain model": (
+            f"{ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f}, {found.n} prompts that the plain model answers)"
+        ),
+        "degenerate answers": f"plain {found.degenerate_plain:.1%}, steered {found.degenerate_steered:.1%}",
+    }
+
+
+def _slug(name: str) -> str:
+    return name.replace(" ", "_")
