@@ -43,7 +43,8 @@ def write_folder(path: Path, config: dict[str, Any], tensors: dict[str, Tensor],
         _refuse_others(path)
         made = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".new", dir=path.parent))
         try:
-            data = serialise({name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
+            # Copies, because safetensors takes no views of one storage, such as the guards of a stack of them.
+            data = serialise({name: tensor.cpu().clone().contiguous() for name, tensor in tensors.items()})
             write_atomic(made / TENSORS, lambda to: to.write_bytes(data))
             write_json(made / CONFIG, _header(config, data, tensors))
             write_atomic(made / CARD, lambda to: to.write_text(card, encoding="utf-8"))

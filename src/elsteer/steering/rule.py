@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from elsteer.errors import LandscapeError
 
 __all__ = ["SteeringRule"]
+
+MOST_STEPS, LONGEST = 1000, 10**9  # so that a file from elsewhere cannot keep a machine busy for ever
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +40,18 @@ class SteeringRule:
         ordered = all(_is_int(layer) and layer >= 0 for layer in layers) and list(layers) == sorted(set(layers))
         _demand(bool(layers) and ordered, "layers", "decoder blocks in ascending order, at least one", list(layers))
         _demand(_is_number(self.eta) and self.eta > 0, "eta", "a finite number above 0", self.eta)
-        _demand(_is_int(self.steps) and self.steps >= 1, "steps", "a whole number of at least 1", self.steps)
-        _demand(_is_int(self.window) and self.window >= 0, "window", "a whole number of at least 0", self.window)
+        _demand(
+            _is_int(self.steps) and 1 <= self.steps <= MOST_STEPS,
+            "steps",
+            f"a whole number from 1 to {MOST_STEPS}",
+            self.steps,
+        )
+        _demand(
+            _is_int(self.window) and 0 <= self.window <= LONGEST,
+            "window",
+            f"a whole number from 0 to {LONGEST}",
+            self.window,
+        )
         _demand(isinstance(self.guard, bool), "guard", "true or false", self.guard)
         _demand(
             _is_number(self.strength) and self.strength >= 0, "strength", "a finite number from 0 up", self.strength
@@ -80,7 +93,7 @@ class SteeringRule:
 
 def _demand(true: bool, name: str, wanted: str, found: object) -> None:
     if not true:
-        raise LandscapeError(f"The steering rule's {name} must be {wanted}, not {found!r}.")
+        raise LandscapeError(f"The steering rule's {name} must be {wanted}, not {reprlib.repr(found)}.")
 
 
 def _is_int(value: object) -> bool:
