@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from elsteer.errors import RunError
@@ -44,7 +44,8 @@ class StateStore:
         number = int(last[-1].stem) + 1 if last else 0
         tensors = {"states": states.float().contiguous().cpu(), "counts": counts.to(torch.int32).cpu()}
         metadata = {"ids": json.dumps(list(ids))}
-        write_atomic(self.folder / f"{number:06d}.safetensors", lambda to: save_file(tensors, to, metadata=metadata))
+        whole = save(tensors, metadata=metadata)  # safetensors' own writing hides a full disk behind another error
+        write_atomic(self.folder / f"{number:06d}.safetensors", lambda to: to.write_bytes(whole))
 
     def ids(self) -> set[str]:
         """The prompts whose states are here."""
@@ -67,6 +68,11 @@ class StateStore:
         for shard, pairs in by_shard.items():
             with _open(shard) as file:
                 block = file.get_tensor("states")[:, :tokens]
+                if states is not None and states.shape[1:] != block.shape[1:]:
+                    raise RunError(
+                        f"{self.folder} holds states of different shapes, collected with different settings: delete that "
+                        "folder and run the collection again."
+                    )
                 if states is None:
                     states = block.new_zeros(len(ids), *block.shape[1:])
                 to, by = torch.tensor(pairs).T
@@ -88,7 +94,7 @@ def _open(shard: Path) -> Iterator[Any]:
     try:
         with safe_open(shard, framework="pt") as file:
             yield file
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise RunError(f"{shard} is damaged: delete it and run the same command again to collect it anew.") from error
 
 
