@@ -11,6 +11,7 @@ Shapes: L layers, N states, d = hidden size, r = width of the first operation, m
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -51,9 +52,7 @@ class EnergyModels(nn.Module):
         self.norm_weight = nn.Parameter(torch.ones(count, width))
         self.norm_bias = nn.Parameter(torch.zeros(count, width))
         sizes = (width, *self.hidden)
-        self.hidden_weights = nn.ParameterList(
-            [_linear(count, to, by) for by, to in zip(sizes[:-1], sizes[1:], strict=True)]
-        )
+        self.hidden_weights = nn.ParameterList([_linear(count, to, by) for by, to in pairwise(sizes)])
         self.hidden_biases = nn.ParameterList([nn.Parameter(torch.zeros(count, to)) for to in sizes[1:]])
         self.read_out = nn.Parameter(torch.randn(count, sizes[-1]) / math.sqrt(sizes[-1]))
 
@@ -73,6 +72,8 @@ class EnergyModels(nn.Module):
         if self.layer_norm:
             u = F.layer_norm(z, (self.width,), eps=EPSILON) * self.norm_weight[:, None] + self.norm_bias[:, None]
         a = F.silu(u)
+        if not self.hidden:
+            a = F.dropout(a, self.dropout, self.training)
         for weight, bias in zip(self.hidden_weights, self.hidden_biases, strict=True):
             a = F.dropout(a, self.dropout, self.training)
             a = F.silu(torch.einsum("lni,loi->lno", a, weight) + bias[:, None])

@@ -4,9 +4,9 @@ For a desirable state i and the undesirable states j of the batch, with temperat
 
     loss_i = -log( exp(-E_i / T) / (exp(-E_i / T) + sum_j w_ij exp(-E_j / T)) )
 
-averaged over i and summed over layers (the layers share no parameter, so each gets its own gradient). Source: InfoNCE, van den Oord
-et al. 2018, as in ELS, arXiv 2510.08646, section 3. Batches are balanced over the four outcomes. w_ij is 1 for negatives
-of the same kind of prompt (benign or harmful) and `across` for the other kind: steering has to tell a false refusal from a
+averaged over i and summed over layers (the layers share no parameter, so each gets its own gradient). Source: InfoNCE,
+van den Oord et al. 2018, as in ELS, arXiv 2510.08646, section 3. Batches are balanced over the four outcomes. w_ij is 1 for
+negatives of the same kind of prompt (benign or harmful) and `across` for the other kind: steering has to tell a false refusal from a
 helpful answer and a jailbreak from a safe refusal; it never has to turn one kind of prompt into the other.
 
 The best epoch by validation AUROC is kept for each layer by itself. AUROC is the probability that an undesirable state has
@@ -120,15 +120,17 @@ def _require(counts: dict[str, int]) -> None:
 
 def _split(groups: Sequence[str], outcomes: Sequence[str], share: float, generator: torch.Generator) -> Tensor:
     names = sorted(set(groups))
-    order = torch.randperm(len(names), generator=generator).tolist()
-    chosen = {names[at] for at in order[: max(1, round(share * len(names)))]}
-    rows = torch.tensor([group in chosen for group in groups])
-    for name in BENIGN_HARMFUL:  # every outcome on both sides, else AUROC or a batch would be empty
-        mine = torch.tensor([one == name for one in outcomes])
-        for side in (rows, ~rows):
-            if not bool((mine & side).any()):
-                raise RunError(f"The outcome {name} is too rare to be split into training and validation: add prompts.")
-    return rows
+    by_outcome = [torch.tensor([one == name for one in outcomes]) for name in BENIGN_HARMFUL]
+    for _ in range(200):  # every outcome on both sides, else AUROC or a batch would be empty: draw until it is so
+        order = torch.randperm(len(names), generator=generator).tolist()
+        chosen = {names[at] for at in order[: max(1, round(share * len(names)))]}
+        rows = torch.tensor([group in chosen for group in groups])
+        if all(bool((mine & rows).any()) and bool((mine & ~rows).any()) for mine in by_outcome):
+            return rows
+    rare = min(
+        BENIGN_HARMFUL, key=lambda name: len({g for g, one in zip(groups, outcomes, strict=True) if one == name})
+    )
+    raise RunError(f"The outcome {rare} is too rare to be split into training and validation: add prompts.")
 
 
 def _fit(
