@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -258,7 +259,8 @@ def _save_energies(folder: Path, energies: Energies) -> None:
         for name, tensor in found.items()
     }
     tensors |= {f"{layer}.guard": guard.contiguous() for layer, guard in energies.guards.items()}
-    write_atomic(folder / "energies.safetensors", lambda to: save_file(tensors, to))
+    whole = save(tensors)  # not save_file: a full disk would come as an error of its own, and not as RunError
+    write_atomic(folder / "energies.safetensors", lambda to: to.write_bytes(whole))
     write_json(
         folder / "training.json", {"auroc": energies.auroc, "epochs": energies.epochs, "outcomes": energies.counts}
     )
@@ -268,7 +270,7 @@ def _read_energies(folder: Path) -> Energies:
     try:
         flat = load_file(folder / "energies.safetensors")
         told = json.loads((folder / "training.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise RunError(f"{folder} is damaged: delete it and run the same command again to train anew.") from error
     energies = Energies({}, {}, {}, {}, told["outcomes"])
     for name, tensor in flat.items():

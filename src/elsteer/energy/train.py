@@ -5,9 +5,9 @@ For a desirable state i and the undesirable states j of the batch, with temperat
     loss_i = -log( exp(-E_i / T) / (exp(-E_i / T) + sum_j w_ij exp(-E_j / T)) )
 
 averaged over i and summed over layers (the layers share no parameter, so each gets its own gradient). Source: InfoNCE,
-van den Oord et al. 2018, as in ELS, arXiv 2510.08646, section 3. Batches are balanced over the four outcomes. w_ij is 1 for
-negatives of the same kind of prompt (benign or harmful) and `across` for the other kind: steering has to tell a false refusal from a
-helpful answer and a jailbreak from a safe refusal; it never has to turn one kind of prompt into the other.
+van den Oord et al. 2018, as in ELS, arXiv 2510.08646, section 3. Batches are balanced over the four outcomes. w_ij is 1
+for negatives of the same kind of prompt (benign or harmful) and `across` for the other kind: steering has to tell a false
+refusal from a helpful answer and a jailbreak from a safe refusal; it never has to turn one kind of prompt into the other.
 
 The best epoch by validation AUROC is kept for each layer by itself. AUROC is the probability that an undesirable state has
 a higher energy than a desirable one: InfoNCE fixes no offset, so accuracy at some energy would mean nothing.
