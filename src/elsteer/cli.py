@@ -1,0 +1,36 @@
+"""The command `elsteer`."""
+
+from __future__ import annotations
+
+import click
+
+from elsteer import __version__
+from elsteer.commands.look import chat, inspect, push
+from elsteer.commands.models import judge, models
+from elsteer.commands.shared import debug_option
+from elsteer.commands.stages import demo, evaluate, fit
+from elsteer.console import Application
+
+__all__ = ["app", "main"]
+
+
+@click.group(cls=Application, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="elsteer", message="%(prog)s %(version)s")
+@debug_option
+def app() -> None:
+    """Energy Landscape Steering: fewer false refusals, at unchanged safety, no weight changed.
+
+    \b
+    See it work:     elsteer demo
+    Fit your model:  elsteer fit Qwen/Qwen2.5-Coder-0.5B-Instruct
+    Measure it:      elsteer evaluate runs/Qwen2.5-Coder-0.5B-Instruct/landscape --suite xstest
+    """
+
+
+for command in (demo, fit, evaluate, inspect, chat, push, models, judge):
+    app.add_command(command)
+
+
+def main() -> None:
+    """The entry point of the command."""
+    app()

