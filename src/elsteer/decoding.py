@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -144,8 +144,8 @@ def decode(
     """Greedy decoding from the prompts' last tokens; a row stops at an end token, when `decided(i, tokens)` or at the limit.
 
     i counts the rows of the batch. The batch's cache is left as it was. Without `steering` the model runs plain, even with
-    something attached to it. `on_step(t, alive)` is called after forward pass t
-    (0 is the prompt's last token) with the batch rows that took part, in the order of the pass: for state capture.
+    something attached to it. `on_step(t, alive)` is called after forward pass t (0 is the prompt's last token) with the
+    batch rows that took part, in the order of the pass: for state capture.
     Rows that have stopped leave the batch, so that the rest runs faster.
     """
     count = len(batch.rows)
@@ -154,10 +154,10 @@ def decode(
     cache, mask, ids = clone(batch.cache), batch.mask, batch.last
     lengths = mask.sum(dim=1)
     first: list[Tensor] = []
-    with torch.inference_mode():
+    with torch.inference_mode(), plain_model(model) if steering is None else nullcontext():
         for step in range(max_new_tokens):
             rows = torch.tensor([batch.rows[i] for i in alive])
-            with _told(model, steering, lengths, rows):
+            with nullcontext() if steering is None else steering.prompts(lengths, rows):
                 out = _forward(model, ids, mask, cache)
             if on_step is not None:
                 on_step(step, alive)
@@ -202,7 +202,7 @@ def score(
     ids = torch.cat([batch.last, padded], dim=1)
     mask = torch.cat([batch.mask, real.reshape(len(answers), width - 1)], dim=1)
     lengths, rows = batch.mask.sum(dim=1), torch.tensor(batch.rows)
-    with torch.inference_mode(), _told(model, steering, lengths, rows):
+    with torch.inference_mode(), plain_model(model) if steering is None else steering.prompts(lengths, rows):
         logits = _forward(model, ids, mask, clone(batch.cache), every_logit=True).logits
     return [logits[i, : len(answer)].float() for i, answer in enumerate(answers)]
 
@@ -244,13 +244,6 @@ def plain_model(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         handle.enabled = enabled
-
-
-def _told(
-    model: PreTrainedModel, steering: Attached | None, lengths: Tensor, rows: Tensor
-) -> AbstractContextManager[None]:
-    """Steered as the handle says, or plain where there is none."""
-    return plain_model(model) if steering is None else steering.prompts(lengths, rows)
 
 
 def _can_share(model: PreTrainedModel) -> bool:

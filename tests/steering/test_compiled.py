@@ -68,8 +68,7 @@ def compiled(model: PreTrainedModel, way: str) -> Any:
     ("way", "when"),
     [
         ("torch.compile(model)", "before"),
-        ("torch.compile(model)", "after"),
-        ("model.compile()", "before"),
+        ("model.compile()", "after"),
         ("model.forward", "before"),
         ("blocks", "before"),
     ],
@@ -113,7 +112,7 @@ def test_generate_of_a_compiled_model(options: dict[str, Any], traced: list[int]
     model, moves = small(), energy_moves((0,))
     model.compile(backend="eager")
     with Steering(model, moves, window=1):
-        for prompts in (PROMPTS, [PROMPT]):
+        for prompts in (PROMPTS, [PROMPT])[: 1 if "prefill_chunk_size" in options else 2]:
             inputs = pad(prompts)
             out = model.generate(**inputs, max_new_tokens=3, do_sample=False, eos_token_id=None, **options)
             found = out[:, inputs["input_ids"].shape[1] :].tolist()
