@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import CompileConfig, PreTrainedModel
 
 from elsteer.models import decoder_blocks
 from elsteer.steering import Steering
@@ -143,3 +143,25 @@ def test_a_compiled_model_where_the_ends_are_told(traced: list[int]) -> None:
         wanted = slow_logits(model, moves, [*prompt, *answer], len(prompt) - 1, 1)
         torch.testing.assert_close(kept, wanted, atol=1e-4, rtol=0)
     assert traced
+
+
+def test_generate_that_compiles_by_itself() -> None:
+    """With a static cache transformers compiles the decoding step on its own on accelerators; asked to, here too."""
+    model, moves = small(), energy_moves((0,))
+    config = CompileConfig(backend="eager", fullgraph=False, mode=None)
+    config._compile_all_devices = True
+
+    def made() -> list[list[int]]:
+        out = model.generate(
+            **pad(PROMPTS), max_new_tokens=4, do_sample=False, eos_token_id=None,
+            cache_implementation="static", compile_config=config,
+        )  # fmt: skip
+        return out[:, len(PROMPT) :].tolist()
+
+    plain = [slow_generate(small(), {}, prompt, 4, 1, ends=()) for prompt in PROMPTS]
+    steered = [slow_generate(small(), moves, prompt, 4, 1, ends=()) for prompt in PROMPTS]
+    assert made() == plain
+    assert hasattr(model, "_compiled_call")
+    with Steering(model, moves, window=1):
+        assert made() == steered != plain
+    assert made() == plain

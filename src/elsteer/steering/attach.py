@@ -47,6 +47,10 @@ class Steering:
     model: any causal language model of transformers, compiled or not. moves: by decoder block. window: how many generated
     tokens after the prompt's last token are steered. strength: a number, or a tensor with one per row of the batch; 0 is
     bit for bit the plain model. Raises SteeringError when the model is steered already or cannot be hooked.
+
+    Attaching and removing drop compiled code (torch.compiler.reset), as it would not see the hooks come and go: the next
+    call compiles again. Refused by `generate` while attached: continuous batching, drafts by early exit or by the model's
+    own extra heads, classifier-free guidance, token healing.
     """
 
     def __init__(
