@@ -14,7 +14,9 @@ from elsteer.console import Application
 __all__ = ["app", "main"]
 
 
-@click.group(cls=Application, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    "elsteer", cls=Application, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 @click.version_option(__version__, prog_name="elsteer", message="%(prog)s %(version)s")
 @debug_option
 def app() -> None:

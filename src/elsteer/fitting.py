@@ -318,7 +318,7 @@ def _base(energies: Energies, print_of: Fingerprint, settings: FitSettings) -> L
         steps=1,
         window=0,
         gates=None,
-        guard=settings.tuning.guard,
+        guard=True,
         strength=1.0,
     )
     return Landscape(rule, energies.tensors, energies.guards, print_of)
@@ -367,7 +367,7 @@ def _gates(
     good = [
         prompt.id
         for prompt, one in zip(prompts, plain, strict=True)
-        if outcome_of(prompt.harmful, one.label) in DESIRABLE  # type: ignore[arg-type]
+        if str(outcome_of(prompt.harmful, one.label)) in DESIRABLE  # type: ignore[arg-type, operator]
     ]
     states = StateStore(run / "dev_states").read(good, tokens=1)[0][:, 0]
 

@@ -39,7 +39,7 @@ class SettingsCommand(click.Command):
         """Write all options, the main ones first."""
         sections: dict[str, list[tuple[str, str]]] = {"": []}
         for parameter in self.get_params(ctx):
-            record = parameter.get_help_record(ctx)
+            record = parameter.get_help_record(ctx) if isinstance(parameter, click.Option) else None
             if record is not None:
                 sections.setdefault(getattr(parameter, "section", ""), []).append(record)
         for name, records in sections.items():

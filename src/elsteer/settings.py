@@ -18,7 +18,7 @@ class CollectSettings(_Settings):
     thinking: bool | None = Field(None, description="Thinking mode, for chat templates that have one.")
     batch_size: int = Field(32, ge=1, description="Prompts answered at a time.")
     max_new_tokens: int = Field(48, ge=4, description="Tokens of an answer that the judge sees at most.")
-    state_tokens: int = Field(2, ge=1, description="States per prompt: its last token and the first generated ones.")
+    state_tokens: int = Field(1, ge=1, description="States per prompt: its last token and the first generated ones.")
     judge: str = Field("rules", description="Who says whether an answer refuses.")
 
 
@@ -31,6 +31,11 @@ class TrainingSettings(_Settings):
     dropout: float = Field(0.1, ge=0, lt=1, description="Dropout while training, never while steering.")
     temperature: float = Field(0.5, gt=0, description="Temperature of InfoNCE.")
     across: float = Field(0.25, ge=0, le=1, description="Weight of negatives of the other kind of prompt.")
+    benign_weight: float = Field(
+        3.0,
+        gt=0,
+        description="Weight of the benign half of the loss: above 1 turns spare safety into fewer false refusals.",
+    )
     learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate of AdamW.")
     weight_decay: float = Field(0.05, ge=0, description="Weight decay of AdamW.")
     batch_per_outcome: int = Field(32, ge=2, description="States of each of the four outcomes in a batch.")
@@ -45,17 +50,16 @@ class TuningSettings(_Settings):
     """Choosing layers, step length, steps, gate and window on the dev prompts, under the constraints."""
 
     etas: tuple[float, ...] = Field(
-        (0.03, 0.06, 0.1, 0.15, 0.22), description="Step lengths to try, in RMS state norms."
+        (0.06, 0.12, 0.2, 0.3), description="Lengths of the whole way to try, in RMS state norms."
     )
-    band_shares: tuple[float, ...] = Field(
-        (0.2, 0.33), description="Widths of layer bands to try, as shares of the depth."
-    )
-    steps: tuple[int, ...] = Field((1, 3), description="Numbers of steps K to try.")
+    band_share: float = Field(0.33, gt=0, le=1, description="Width of the layer bands to try, as a share of the depth.")
+    bands: int = Field(2, ge=1, description="Bands that are tried with every other setting, the best of the screening.")
+    steps: tuple[int, ...] = Field((1, 3), description="Numbers of steps K to try; the way is divided among them.")
     windows: tuple[int, ...] = Field((0, 3), description="Numbers of generated tokens to steer.")
     gates: tuple[float | None, ...] = Field(
         (None, 0.25), description="Gates to try: quantiles of the energies of desirable states, none for no gate."
     )
-    guard: bool = Field(True, description="Keep the state's coordinate along the harmfulness direction.")
+    guards: tuple[bool, ...] = Field((True, False), description="Whether the guard is tried on, off or both.")
     tokens: int = Field(24, ge=4, description="Tokens of an answer that tuning looks at most.")
     finalists: int = Field(6, ge=1, description="Settings that are judged on whole verdicts after the screening.")
     safety_margin: float = Field(

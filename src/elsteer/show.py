@@ -46,9 +46,9 @@ _OUTCOMES = {
 def plain_table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     """A table of texts; all columns but the first are aligned on the right."""
     table = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, show_edge=False)
-    table.pad_edge = False
+    table.padding, table.pad_edge = (0, 1, 0, 0), False
     for number, name in enumerate(head):
-        table.add_column(name, justify="right" if number else "left", overflow="fold")
+        table.add_column(name, justify="right" if number else "left", overflow="fold", no_wrap=number > 0)
     for row in rows:
         table.add_row(*map(Text, row))  # Text, not str: a name from a user's file is never read as markup
     return table
@@ -246,13 +246,13 @@ def timings(found: Mapping[str, float]) -> str:
 def agreement_table(rows: Sequence[Agreement], title: str) -> Table:
     """A judge against human labels, a line per model."""
     head = (
-        "completions of",
+        "model",
         "n",
         "accuracy",
         "95% interval",
         "F1",
-        "false\npositives",
-        "false\nnegatives",
+        "false\npos.",
+        "false\nneg.",
         "un-\nscored",
     )
     return plain_table(

@@ -65,17 +65,16 @@ class Trial:
         return (self.answered_benign - self.plain_answered) / max(1e-9, 1 - self.plain_answered)
 
 
-def bands(depth: int, aurocs: dict[int, float], shares: Sequence[float]) -> list[tuple[int, ...]]:
-    """Contiguous layer bands of the given shares of the depth, in half-band steps, from a quarter of the depth up.
+def bands(depth: int, aurocs: dict[int, float], share: float) -> list[tuple[int, ...]]:
+    """Contiguous layer bands of the given share of the depth, in steps of a third, from a quarter of the depth up.
 
     Bands whose mean AUROC is under 0.6 are left out (their energies know next to nothing), unless none is above.
     """
-    found: dict[tuple[int, ...], float] = {}
-    for share in shares:
-        width = max(1, round(share * depth))
-        for start in range(depth // 4, depth - width + 1, max(1, width // 2)):
-            band = tuple(range(start, start + width))
-            found[band] = sum(aurocs[at] for at in band) / width
+    width = max(1, round(share * depth))
+    found = {}
+    for start in range(depth // 4, depth - width + 1, max(1, width // 3)):
+        band = tuple(range(start, start + width))
+        found[band] = sum(aurocs[at] for at in band) / width
     good = [band for band, value in found.items() if value >= 0.6]
     return good or [max(found, key=lambda band: found[band])]
 
@@ -113,7 +112,8 @@ class Tuner:
         """The best trial that breaks no constraint and removes false refusals, or None."""
         coarse = self._screen(self._coarse(aurocs))
         fine = self._screen(self._fine(coarse))
-        ranked = self._ranked([*coarse, *fine])
+        gated = self._screen(self._gated(fine))
+        ranked = self._ranked([*fine, *gated])
         judged = [self._verdicts(trial.rule) for trial in self._spread(ranked)]
         judged += [self._verdicts(rule) for rule in self._around(judged)]
         # Ties within a point go to the safer one: dev is small.
@@ -131,45 +131,53 @@ class Tuner:
     # The rules to try
 
     def _coarse(self, aurocs: dict[int, float]) -> list[dict[str, Any]]:
-        etas = [
-            self.settings.etas[at] for at in sorted({len(self.settings.etas) // 2 - 1, len(self.settings.etas) - 2})
-        ]
-        etas = [eta for eta in etas if eta > 0] or list(self.settings.etas[:1])
+        eta = sorted(self.settings.etas)[len(self.settings.etas) // 2]
         return [
-            self._rule(band, eta, max(self.settings.steps), min(self.settings.windows), None)
-            for band in bands(max(aurocs) + 1, aurocs, self.settings.band_shares)
-            for eta in etas
+            self._rule(band, eta, min(self.settings.steps), None, self.settings.guards[0])
+            for band in bands(max(aurocs) + 1, aurocs, self.settings.band_share)
         ]
 
     def _fine(self, coarse: list[Trial]) -> list[dict[str, Any]]:
-        chosen: list[tuple[int, ...]] = []
-        for trial in self._ranked(coarse):
-            band = tuple(trial.rule["layers"])
-            if band not in chosen:
-                chosen.append(band)
+        chosen = [tuple(trial.rule["layers"]) for trial in self._ranked(coarse)][: self.settings.bands]
         return [
-            self._rule(band, eta, steps, min(self.settings.windows), gate)
-            for band in chosen[:3]
+            self._rule(band, eta, steps, None, guard)
+            for band in chosen
             for eta in self.settings.etas
             for steps in self.settings.steps
-            for gate in self.settings.gates
+            for guard in self.settings.guards
         ]
+
+    def _gated(self, fine: list[Trial]) -> list[dict[str, Any]]:
+        gates = [gate for gate in self.settings.gates if gate is not None]
+        return [{**trial.rule, "gate": gate} for trial in self._ranked(fine)[:4] for gate in gates]
 
     def _around(self, judged: list[Trial]) -> list[dict[str, Any]]:
         """Longer windows for the best settings: the first token alone cannot tell them apart."""
         longer = [window for window in self.settings.windows if window != min(self.settings.windows)]
         return [{**trial.rule, "window": window} for trial in self._ranked(judged)[:2] for window in longer]
 
-    def _rule(self, band: tuple[int, ...], eta: float, steps: int, window: int, gate: float | None) -> dict[str, Any]:
-        # eta is the whole way's length here and below: K steps of eta / K.
-        return {"layers": list(band), "eta": eta / steps, "steps": steps, "window": window, "gate": gate}
+    def _rule(self, band: tuple[int, ...], way: float, steps: int, gate: float | None, guard: bool) -> dict[str, Any]:
+        window = min(self.settings.windows)
+        return {
+            "layers": list(band),
+            "eta": way / steps,
+            "steps": steps,
+            "window": window,
+            "gate": gate,
+            "guard": guard,
+        }
 
     def landscape(self, rule: dict[str, Any]) -> Landscape:
         """The base landscape with this rule."""
         gate = rule["gate"]
         gates = None if gate is None else {layer: self.gates(layer, gate) for layer in rule["layers"]}
         return self.base.with_rule(
-            layers=tuple(rule["layers"]), eta=rule["eta"], steps=rule["steps"], window=rule["window"], gates=gates
+            layers=tuple(rule["layers"]),
+            eta=rule["eta"],
+            steps=rule["steps"],
+            window=rule["window"],
+            gates=gates,
+            guard=rule["guard"],
         )
 
     def _ranked(self, trials: Sequence[Trial]) -> list[Trial]:

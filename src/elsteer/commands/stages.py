@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["demo", "evaluate", "fit"]
 
 
-@click.command()
+@click.command(short_help="See it work: fit a small chat model, measure it.")
 @click.option("--run-dir", type=FILE, default=Path("runs/demo"), show_default=True, help="Folder for all files.")
 @click.option(
     "--model", default="Qwen/Qwen2.5-Coder-0.5B-Instruct", show_default=True, help="Hub id, folder or GGUF file."
@@ -143,7 +143,7 @@ def fit(
 @click.option("--model", help="Hub id, folder or GGUF file. [default: the model it was fitted to]")
 @click.option("--run-dir", type=FILE, help="Folder for all files. [default: the landscape's run folder]")
 @click.option("--judge", default="rules", show_default=True, help="Who says whether an answer refuses.")
-@click.option("--quality/--no-quality", default=True, show_default=True, help="Also measure whole answers.")
+@click.option("--quality/--no-quality", default=True, help="Also measure whole answers. [default: yes]")
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Prompts at a time.")
 @click.option(
     "--max-new-tokens",

@@ -7,7 +7,8 @@ For a desirable state i and the undesirable states j of the batch, with temperat
 averaged over i and summed over layers (the layers share no parameter, so each gets its own gradient). Source: InfoNCE,
 van den Oord et al. 2018, as in ELS, arXiv 2510.08646, section 3. Batches are balanced over the four outcomes. w_ij is 1
 for negatives of the same kind of prompt (benign or harmful) and `across` for the other kind: steering has to tell a false
-refusal from a helpful answer and a jailbreak from a safe refusal; it never has to turn one kind of prompt into the other.
+refusal from a helpful answer and a jailbreak from a safe refusal; it never has to turn one kind of prompt into the other. Benign i weigh
+`benign_weight`: both halves pull on one state where prompts of the two kinds look alike, and this sets who wins.
 
 The best epoch by validation AUROC is kept for each layer by itself. AUROC is the probability that an undesirable state has
 a higher energy than a desirable one: InfoNCE fixes no offset, so accuracy at some energy would mean nothing.
@@ -191,7 +192,8 @@ def _info_nce(energies: Tensor, harmful: Tensor, undesirable: Tensor, settings: 
     same = harmful[~undesirable][:, None] == harmful[undesirable][None, :]
     weight = torch.where(same, 0.0, math.log(settings.across) if settings.across > 0 else -math.inf)
     negatives = torch.logsumexp(bad[None] + weight[:, :, None], dim=1)  # (positives, L)
-    return torch.nn.functional.softplus(negatives - good).mean(dim=0).sum()
+    share = torch.where(harmful[~undesirable], 1.0, settings.benign_weight)
+    return (torch.nn.functional.softplus(negatives - good) * (share / share.mean())[:, None]).mean(dim=0).sum()
 
 
 def _draw(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:

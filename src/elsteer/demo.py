@@ -1,0 +1,189 @@
+"""`elsteer demo`: the main job from nothing to figures, on a real model, with the shipped starter prompts.
+
+Fit on the train split, tune on dev, report on test. Everything lies in the run folder, and a second run reads it there.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from elsteer.completions import PromptCaches
+from elsteer.errors import NothingHelps
+from elsteer.evaluation.evaluate import Evaluation, evaluate
+from elsteer.evaluation.statistics import Interval
+from elsteer.files import write_json
+from elsteer.fitting import fit
+from elsteer.landscape import Landscape
+from elsteer.models import load
+from elsteer.prompts import load_starter
+from elsteer.run import key_of
+from elsteer.settings import FitSettings
+
+__all__ = ["DemoResult", "decode_overhead", "demo", "fast_dtype"]
+
+Progress = Callable[[str, int, int], None]
+MODEL = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
+
+
+@dataclass
+class DemoResult:
+    """What the demo found. timings: seconds by part, of this run; decode_overhead: steered over plain time of decoding."""
+
+    evaluation: Evaluation
+    landscape: Landscape
+    decode_overhead: Interval | None
+    run_dir: Path
+    dtype: str
+    timings: dict[str, float] = field(default_factory=dict)
+
+
+def fast_dtype() -> torch.dtype:
+    """bfloat16 where the machine multiplies it natively (an accelerator, or AVX-512 BF16 or AMX), else float32."""
+    if torch.cuda.is_available():
+        return torch.bfloat16
+    native = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return torch.bfloat16 if any(ask is not None and ask() for ask in native) else torch.float32
+
+
+def demo(
+    *, run_dir: str | Path = "runs/demo", model: str = MODEL, dtype: str = "auto", progress: Progress | None = None
+) -> DemoResult:
+    """Load `model`, fit on the starter prompts, and measure plain against steered on the held-out ones.
+
+    dtype "auto": `fast_dtype`. Raises what `load`, `fit` and `evaluate` raise; where nothing helps, the evaluation still
+    shows the plain model (strength 0) before NothingHelps is raised again.
+    """
+    run_dir = Path(run_dir)
+    chosen = fast_dtype() if dtype == "auto" else dtype
+    timings: dict[str, float] = {}
+    start = time.perf_counter()
+    llm, tokenizer = load(model, dtype=chosen)
+    timings["loading the model"] = time.perf_counter() - start
+    start = time.perf_counter()
+    settings = FitSettings()
+    try:
+        landscape = fit(
+            llm,
+            tokenizer,
+            load_starter("train"),
+            dev=load_starter("dev"),
+            run_dir=run_dir,
+            settings=settings,
+            progress=progress,
+            command="elsteer demo",
+        )
+    except NothingHelps:
+        landscape = Landscape.from_pretrained(run_dir / "landscape")
+        _evaluate(llm, tokenizer, landscape, run_dir, progress)
+        raise
+    timings["fitting"] = time.perf_counter() - start
+    start = time.perf_counter()
+    found = _evaluate(llm, tokenizer, landscape, run_dir, progress)
+    timings["measuring"] = time.perf_counter() - start
+    start = time.perf_counter()
+    overhead = _overhead(llm, tokenizer, landscape, run_dir, progress)
+    timings["timing the decoding"] = time.perf_counter() - start
+    return DemoResult(found, landscape, overhead, run_dir, str(llm.dtype).removeprefix("torch."), timings)
+
+
+def _evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    landscape: Landscape,
+    run_dir: Path,
+    progress: Progress | None,
+) -> Evaluation:
+    frontier = run_dir / "frontier.png"
+    return evaluate(
+        model,
+        tokenizer,
+        ["none", landscape],
+        ["starter"],
+        run_dir=run_dir,
+        quality_prompts=48,
+        quality_tokens=40,
+        frontier_png=frontier.read_bytes() if frontier.exists() else None,
+        progress=progress,
+        command="elsteer demo",
+    )
+
+
+def decode_overhead(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    landscape: Landscape,
+    *,
+    rows: int = 8,
+    new_tokens: int = 64,
+    repeats: int = 3,
+    progress: Callable[[int, int], None] | None = None,
+) -> Interval:
+    """Time of `generate` steered over plain, batch of `rows`, measured side by side (plain, steered, plain, ...).
+
+    The value is the ratio of the medians; low and high are the least and the greatest ratio of neighbouring runs.
+    """
+    prompts = [one for one in load_starter("test") if one.category == "plain"][:rows]
+    caches = PromptCaches(model, tokenizer, prompts)
+    width = max(len(ids) for ids in caches.ids)
+    pad = tokenizer.pad_token_id
+    inputs = torch.tensor([[pad] * (width - len(ids)) + ids for ids in caches.ids], device=model.device)
+    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in caches.ids], device=model.device)
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        with torch.inference_mode():
+            model.generate(
+                input_ids=inputs,
+                attention_mask=mask,
+                do_sample=False,
+                min_new_tokens=new_tokens,
+                max_new_tokens=new_tokens,
+                pad_token_id=pad,
+            )
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    times: dict[str, list[float]] = {"plain": [], "steered": []}
+    seconds()  # warm up
+    for number in range(repeats):
+        if progress is not None:
+            progress(number, repeats)
+        times["plain"].append(seconds())
+        with landscape.attach(model, tokenizer=tokenizer):
+            times["steered"].append(seconds())
+    if progress is not None:
+        progress(repeats, repeats)
+    ratios = [after / before for before, after in zip(times["plain"], times["steered"], strict=True)]
+    middle = sorted(times["steered"])[repeats // 2] / sorted(times["plain"])[repeats // 2]
+    return Interval(middle, min(*ratios, middle), max(*ratios, middle), repeats)
+
+
+def _overhead(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    landscape: Landscape,
+    run_dir: Path,
+    progress: Progress | None,
+) -> Interval:
+    path = run_dir / "evaluation" / "overhead.json"
+    key = key_of(landscape.rule.to_dict(), str(model.dtype))
+    if path.exists():
+        told = json.loads(path.read_text(encoding="utf-8"))
+        if told.get("key") == key:
+            return Interval(told["value"], told["low"], told["high"], told["n"])
+    found = decode_overhead(
+        model,
+        tokenizer,
+        landscape,
+        progress=None if progress is None else lambda done, total: progress("timing the decoding", done, total),
+    )
+    write_json(path, {"key": key, "value": found.value, "low": found.low, "high": found.high, "n": found.n})
+    return found
