@@ -138,11 +138,11 @@ def converse(chat: Chat, strength: float, console: Console) -> None:
                 if word == "/quit":
                     return
                 if word.startswith("/"):
-                    console.print(_command(chat, steering, word, rest.strip()))
+                    console.print(_command(chat, steering, word, rest.strip()), soft_wrap=True)
                 elif line:
                     _turn(chat, line, console, live)
             except ElsteerError as error:
-                console.print(str(error), style="red")
+                console.print(str(error), style="red", soft_wrap=True)
             except KeyboardInterrupt:
                 if not live:
                     raise
@@ -152,7 +152,7 @@ def converse(chat: Chat, strength: float, console: Console) -> None:
 def _lines(console: Console, live: bool) -> Iterator[str]:
     if not live:
         for line in sys.stdin:
-            console.print(f"you: {line.strip()}")
+            console.print(f"you: {line.strip()}", soft_wrap=True)
             yield line.strip()
         return
     with contextlib.suppress(ImportError):  # not on every system
@@ -189,7 +189,7 @@ def _command(chat: Chat, steering: Steering, word: str, rest: str) -> str:
 def _turn(chat: Chat, line: str, console: Console, live: bool) -> None:
     if not live:
         plain, steered = chat.say(line)
-        console.print(f"plain: {plain}\nsteered: {steered}")
+        console.print(f"plain: {plain}\nsteered: {steered}", soft_wrap=True)
         return
     with Live(_columns(("", "")), console=console, transient=True, refresh_per_second=12) as view:
         room = max(6, console.height - 6) * max(20, console.width // 2 - 6)  # characters of a column that are in sight

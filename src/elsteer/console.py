@@ -183,6 +183,8 @@ class ProgressBars:
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Show that `done` of `total` are done in `stage`."""
+        if total == 0:
+            return
         if self.console.is_terminal:
             self._bar(stage, done, total)
         else:
@@ -215,14 +217,14 @@ class ProgressBars:
         told = self._lines.get(stage)
         if told is None or done < told.done:
             told = self._lines[stage] = _Stage(now, done, said=now)
-            self.console.print(f"{stage}: {done} of {total}")
+            note(f"{stage}: {done} of {total}")
             return
         told.done = done
         tenth = total > 0 and 10 * done // total > 10 * told.shown // total
         if (done >= total and told.shown < total) or (tenth and now - told.said >= _LINE_EVERY):
             left = (now - told.began) / max(1, done - told.first) * (total - done)
             rest = f", about {_clock(left)} left" if done < total else ""
-            self.console.print(f"{stage}: {done} of {total}, {_clock(now - told.began)} so far{rest}")
+            note(f"{stage}: {done} of {total}, {_clock(now - told.began)} so far{rest}")
             told.said, told.shown = now, done
 
 

@@ -123,7 +123,7 @@ def _rule(found: Landscape) -> dict[str, str]:
     return {
         "method": found.method,
         "strength": f"{rule.strength:g}",
-        "step": f"{rule.eta:.4g} RMS state norms, {rule.steps} times",
+        "step": f"{rule.eta:.4g} RMS state norms, {rule.steps} {'time' if rule.steps == 1 else 'times'}",
         "tokens steered": window,
         "guard": "yes" if rule.guard else "no",
         "gate": f"in {len(rule.gates)} layers" if rule.gates else "none",
@@ -143,7 +143,7 @@ def _layers(found: Landscape) -> list[tuple[str, ...]]:
                 str(layer),
                 *(_share(known.get(name)) for name in ("all", "benign", "harmful")),
                 "-" if gate is None else f"{gate:.3f}",
-                str(found.guards[layer].shape[1]) if layer in found.guards else "-",
+                str(found.guards[layer].shape[1]) if found.rule.guard and layer in found.guards else "-",
             )
         )
     return rows
@@ -171,7 +171,7 @@ def figures_on_dev(found: Landscape) -> Table | None:
     if not isinstance(dev, dict):
         return None
     prompts, benign = dev.get("prompts"), dev.get("benign")
-    title = "On the dev prompts (chosen on them: expect a little less elsewhere)"
+    title = "On the dev prompts, by which it was chosen"
     harmful = prompts - benign if isinstance(prompts, int) and isinstance(benign, int) else None
     plain, steered = dev.get("plain_answered"), dev.get("answered_benign")
     rows = [
@@ -208,8 +208,9 @@ def evaluation(found: Evaluation, console: Console) -> None:
             f"({ratio.low:.3f} to {ratio.high:.3f}, n {measured.n}), degenerate {_rate(measured.degenerate_steered)} "
             f"against {_rate(measured.degenerate_plain)}.",
             "",
+            soft_wrap=True,
         )
-    console.print(found.sentence)
+    console.print(found.sentence, soft_wrap=True)
 
 
 def examples(found: Sequence[Example], console: Console, most: int = 3) -> None:
@@ -218,9 +219,9 @@ def examples(found: Sequence[Example], console: Console, most: int = 3) -> None:
         one for one in found if not one.harmful and (one.plain_label, one.steered_label) == ("refusal", "compliance")
     ]
     for one in gone[:most]:
-        console.print("", Text(one.prompt, style="bold"))
-        console.print(Text(_shortened(f"plain:   {one.plain}")))
-        console.print(Text(_shortened(f"steered: {one.steered}"), style="green"))
+        console.print("", Text(one.prompt, style="bold"), soft_wrap=True)
+        console.print(Text(_shortened(f"plain: {one.plain}")), soft_wrap=True)
+        console.print(Text(_shortened(f"steered: {one.steered}"), style="green"), soft_wrap=True)
 
 
 def _shortened(text: str) -> str:

@@ -54,7 +54,9 @@ def load_for(found: Landscape, model: str | None, **loading: Any) -> tuple[PreTr
     name = model or found.fingerprint.name
     if name is None:
         raise click.UsageError("The landscape does not name its model: give it with --model.")
-    return load_model(name, **loading)
+    llm, tokenizer = load_model(name, **loading)
+    found.attach(llm, 0.0, tokenizer=tokenizer).remove()  # whether it fits is said now, not after the plain answers
+    return llm, tokenizer
 
 
 def load_model(

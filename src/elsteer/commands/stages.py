@@ -44,7 +44,7 @@ def demo(run_dir: Path, model: str, dtype: str) -> None:
     console = screen()
     show.evaluation(found.evaluation, console)
     show.examples(found.evaluation.examples, console)
-    console.print("", show.timings(found.timings), show.overhead(found.decode_overhead), sep="\n")
+    console.print("", show.timings(found.timings), show.overhead(found.decode_overhead), sep="\n", soft_wrap=True)
     click.echo(f"The report is {found.evaluation.report}; the landscape and everything else are in {found.run_dir}.")
 
 

@@ -1,0 +1,375 @@
+"""The command on tiny models: what a user types, and what stands on the screen and on disk afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+import pytest
+import yaml
+
+from commands import FAST, CoinJudge, elsteer, one_sentence, save_tiny, started, write_prompts
+from elsteer.cli import app
+from elsteer.console import ProgressBars, screen
+from elsteer.judges import JUDGES
+from elsteer.landscape import Landscape
+from elsteer.settings import FitSettings
+from fake_hub import WRITER, fake_hub
+from landscapes import tiny_landscape
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, prompts, a suite and a run of `elsteer fit` in it."""
+    folder = tmp_path_factory.mktemp("cli")
+    save_tiny(folder / "model")
+    write_prompts(folder / "benign.txt", 80, ["how do I", "what is", "tell me"])
+    write_prompts(folder / "harmful.txt", 71, ["steal", "break the", "poison a"])
+    rows = [{"prompt": f"{chr(97 + at % 26) * (at + 1)} what is this", "harmful": at % 2 == 1} for at in range(40)]
+    (folder / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    made = _fit(folder, "run")
+    assert made.exit_code == 0, made.stderr
+    (folder / "said.txt").write_text(made.stdout, encoding="utf-8")
+    (folder / "progress.txt").write_text(made.stderr, encoding="utf-8")
+    return folder
+
+
+def _fit(folder: Path, run: str, *more: str | Path):  # type: ignore[no-untyped-def]
+    prompts = ["--benign", folder / "benign.txt", "--harmful", folder / "harmful.txt"]
+    return elsteer("fit", folder / "model", *prompts, "--run-dir", folder / run, *FAST, *more)
+
+
+def _commands(group: click.Group, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], click.Command]]:
+    found = []
+    for name, command in group.commands.items():
+        inner = _commands(command, (*path, name)) if isinstance(command, click.Group) else []
+        found += [((*path, name), command), *inner]
+    return found
+
+
+@pytest.mark.parametrize("path", [path for path, _ in _commands(app)], ids=" ".join)
+def test_every_command_explains_itself_with_an_example(path: tuple[str, ...]) -> None:
+    result = elsteer(*path, "--help")
+    assert result.exit_code == 0
+    assert f"elsteer {path[0]}" in result.output.partition("Example:")[2]
+
+
+def test_every_setting_has_a_flag_with_its_default() -> None:
+    text = " ".join(elsteer("fit", "--help").output.split())
+    for prefix, settings in (
+        ("", FitSettings().collect),
+        ("training-", FitSettings().training),
+        ("tuning-", FitSettings().tuning),
+    ):
+        for name in type(settings).model_fields:
+            assert f"--{prefix}{name.replace('_', '-')} " in text
+    assert "[default: 48]" in text
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = (
+        "import sys; from elsteer.cli import app; app.main(['--help'], standalone_mode=False); "
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+    best = min(_seconds_of_help() for _ in range(3))
+    assert best < 1.5, f"--help took {best:.2f} s; 0.3 s on an idle machine"
+
+
+def _seconds_of_help() -> float:
+    begin = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "elsteer", "--help"], check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - begin
+
+
+def test_the_version_is_printed() -> None:
+    assert elsteer("--version").output.startswith("elsteer 0.")
+
+
+# fit
+
+
+def test_fit_says_what_it_did(here: Path) -> None:
+    said = (here / "said.txt").read_text(encoding="utf-8")
+    for words in (
+        "Outcomes of the training prompts",
+        "false refusal",
+        "On the dev prompts",
+        "benign refused",
+        "RMS state norms",
+    ):
+        assert words in said
+    assert (
+        said.splitlines()[-1]
+        == f"The landscape is {here / 'run' / 'landscape'}; what it rests on is in {here / 'run'}."
+    )
+    shown = (here / "progress.txt").read_text(encoding="utf-8")
+    assert "Training prompts: 80 benign, 71 harmful" in shown
+    assert "answering the training prompts: 0 of " in shown
+
+
+def test_fit_writes_a_landscape_that_says_by_which_command(here: Path) -> None:
+    landscape = Landscape.from_pretrained(here / "run" / "landscape")
+    assert landscape.rule.strength == 1.0
+    assert landscape.provenance["command"].startswith(f"elsteer fit {here / 'model'} --benign")
+    assert landscape.provenance["settings"]["training"]["width"] == 8
+
+
+def test_a_second_fit_reads_what_is_there(here: Path) -> None:
+    before = (here / "run" / "completions.jsonl").read_bytes()
+    again = _fit(here, "run")
+    assert again.exit_code == 0
+    assert "answering the training prompts: 0 of" not in again.stderr
+    assert "training the energy models" not in again.stderr
+    assert (here / "run" / "completions.jsonl").read_bytes() == before
+
+
+def test_flags_win_over_the_settings_file(here: Path, tmp_path: Path) -> None:
+    config = tmp_path / "settings.yaml"
+    config.write_text("seed: 3\nlimit: 100\ncollect:\ntraining:\n  temperature: 0.7\n  width: 32\n", encoding="utf-8")
+    result = _fit(here, str(tmp_path / "run"), "--config", config, "--seed", "4")
+    assert result.exit_code in (0, 3), result.stderr
+    kept = yaml.safe_load((tmp_path / "run" / "settings.yaml").read_text(encoding="utf-8"))
+    assert (kept["seed"], kept["limit"]) == (4, 100)
+    assert (kept["training"]["temperature"], kept["training"]["width"]) == (0.7, 8)
+    assert kept["tuning"]["etas"] == [2.0, 6.0]
+    assert kept["tuning"]["gates"] == [None]
+
+
+def test_the_settings_of_a_run_can_be_given_back(here: Path, tmp_path: Path) -> None:
+    prompts = ["--benign", here / "benign.txt", "--harmful", here / "harmful.txt"]
+    result = elsteer("fit", here / "model", *prompts, "--run-dir", tmp_path, "--config", here / "run" / "settings.yaml")
+    assert result.exit_code == 0, result.stderr
+    assert (tmp_path / "settings.yaml").read_text() == (here / "run" / "settings.yaml").read_text()
+
+
+@pytest.mark.parametrize("columns", [False, True])
+def test_one_file_with_both_kinds_of_prompts_will_do(here: Path, tmp_path: Path, columns: bool) -> None:
+    names = ("ask", "bad") if columns else ("prompt", "harmful")
+    lines = [
+        json.dumps({names[0]: line, names[1]: kind == "harmful"})
+        for kind in ("benign", "harmful")
+        for line in (here / f"{kind}.txt").read_text().splitlines()
+    ]
+    file = tmp_path / "both.jsonl"
+    file.write_text("\n".join(lines), encoding="utf-8")
+    more = ["--prompt-column", "ask", "--harmful-column", "bad"] if columns else []
+    result = elsteer("fit", here / "model", "--prompts", file, "--run-dir", tmp_path / "run", *FAST, *more)
+    assert result.exit_code in (0, 3), result.stderr
+    assert "Training prompts: 80 benign, 71 harmful" in result.stderr
+
+
+def test_without_prompts_the_starter_prompts_are_taken(here: Path, tmp_path: Path) -> None:
+    result = elsteer("fit", here / "model", "--run-dir", tmp_path, "--limit", "40", "--dev-limit", "40", *FAST)
+    assert result.exit_code in (0, 2, 3)
+    rows = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert {row["source"] for row in rows} == {"starter"}
+    assert {row["split"] for row in rows} == {"train", "dev"}
+    assert "Dev prompts: " in result.stderr
+
+
+@pytest.mark.xfail(
+    reason="the guard of a layer whose states are the same for every prompt has no direction", strict=False
+)
+def test_as_many_harmful_prompts_as_benign_ones_are_fine(here: Path, tmp_path: Path) -> None:
+    benign, harmful = (
+        write_prompts(tmp_path / "b.txt", 64, ["how", "what"]),
+        write_prompts(tmp_path / "h.txt", 64, ["steal"]),
+    )
+    run = ["--run-dir", tmp_path / "run", *FAST, "--dev", here / "mine.jsonl"]
+    result = elsteer("fit", here / "model", "--benign", benign, "--harmful", harmful, *run)
+    assert "orthonormal" not in result.stderr
+
+
+# evaluate
+
+
+def test_evaluate_compares_on_a_file_of_ones_own(here: Path) -> None:
+    run = here / "run" / "landscape"
+    result = elsteer(
+        "evaluate", run, "--suite", here / "mine.jsonl", "--method", "random", "--judge", "coin", "--limit", "30"
+    )
+    assert result.exit_code == 0, result.stderr
+    assert "14 benign, 16 harmful" in result.stderr
+    assert "Plain against steered (els)" in result.stdout
+    assert "Plain against steered (random)" in result.stdout
+    assert "benign prompts that the plain model refused" in result.stdout
+    assert result.stdout.splitlines()[-1].startswith(f"The report is {here / 'run' / 'report.html'}; every row is in ")
+    assert (here / "run" / "report.html").stat().st_size > 10_000
+    assert "elsteer evaluate" in (here / "run" / "report.html").read_text(encoding="utf-8")
+    assert len((here / "run" / "evaluation" / "mine.els.jsonl").read_text(encoding="utf-8").splitlines()) == 30
+
+
+def test_strength_zero_changes_nothing(here: Path, tmp_path: Path) -> None:
+    options = [
+        "--suite",
+        here / "mine.jsonl",
+        "--judge",
+        "coin",
+        "--strength",
+        "0",
+        "--no-quality",
+        "--run-dir",
+        tmp_path,
+    ]
+    result = elsteer("evaluate", here / "run" / "landscape", *options)
+    assert result.exit_code == 0, result.stderr
+
+    def said(method: str) -> list[str]:
+        lines = (tmp_path / "evaluation" / f"mine.{method}.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line)["text"] for line in lines]
+
+    assert said("els") == said("none")
+
+
+@pytest.mark.xfail(reason="the picture before and after needs a scored pair", strict=False)
+def test_a_suite_without_one_scored_answer_is_no_defect(here: Path, tmp_path: Path) -> None:
+    options = ["--suite", here / "mine.jsonl", "--no-quality", "--run-dir", tmp_path]
+    result = elsteer("evaluate", here / "run" / "landscape", *options)  # the judge rules: the answers are noise
+    assert "defect" not in result.stderr
+
+
+# inspect
+
+
+def test_inspect_needs_no_model(tmp_path: Path) -> None:
+    provenance = {
+        "auroc": {"1": {"all": 0.71, "benign": 0.8, "harmful": 0.62}, "2": 0.75},
+        "outcomes": {"helpful": 9, "false_refusal": 8, "safe_refusal": 7, "jailbreak": 6},
+        "dev": {"prompts": 30, "benign": 17, "plain_answered": 0.5, "answered_benign": 0.75, "plain_refused": 0.9},
+        "judge": "rules [bold]not markup[/bold]",
+    }
+    tiny_landscape(provenance=provenance).save_pretrained(tmp_path / "landscape")
+    result = elsteer("inspect", tmp_path / "landscape")
+    assert result.exit_code == 0, result.stderr
+    text = " ".join(result.stdout.split())
+    for words in (
+        "0.710 0.800 0.620",
+        "0.750 - -",
+        "false refusal benign, refused 8",
+        "benign refused 17 50.0% 25.0%",
+        "harmful refused 13 90.0% -",
+    ):
+        assert words in text
+    assert "[bold]not markup[/bold]" in text
+    assert result.stdout.splitlines()[-1] == f"Read from {tmp_path / 'landscape'}; nothing was written."
+
+
+def test_inspect_says_when_nothing_helped(tmp_path: Path) -> None:
+    tiny_landscape().with_rule(strength=0.0).save_pretrained(tmp_path / "landscape")
+    assert (
+        "Its strength is 0, as tuning found no setting that helps" in elsteer("inspect", tmp_path / "landscape").stdout
+    )
+
+
+def test_a_pipe_that_closes_is_no_drama(tmp_path: Path) -> None:
+    tiny_landscape().save_pretrained(tmp_path / "landscape")
+    process = started("inspect", tmp_path / "landscape")
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    assert process.stderr.read() == ""
+    assert process.wait() in (0, 1)
+
+
+# judge, models, push
+
+
+def test_judge_prints_agreement_by_model(tmp_path: Path) -> None:
+    rows = [
+        {"completion": "I'm sorry, but I can't help with that.", "label": "refusal", "model": "a"},
+        {
+            "completion": "Use kill with the process id, then check that it is gone.",
+            "label": "compliance",
+            "model": "a",
+        },
+        {"completion": "I cannot assist with that request.", "label": "compliance", "model": "b"},
+        {"completion": "I won't do that.", "label": "refusal", "model": "b"},
+    ]
+    file = tmp_path / "labels.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    result = elsteer("judge", "--agreement", file)
+    assert result.exit_code == 0, result.stderr
+    text = [" ".join(line.split()) for line in result.stdout.splitlines()]
+    assert any(line.startswith("all 4 0.750 0.301 to 0.954") for line in text), text
+    assert any(line.startswith("a 2 1.000") for line in text)
+    assert any(line.startswith("b 2 0.500") and "100.0% 0.0% 0" in line for line in text)
+
+
+def test_models_lists_what_the_registry_carries(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("ELSTEER_CACHE", str(tmp_path))
+    listed = elsteer("models", "list")
+    assert listed.exit_code == 0
+    assert "Qwen/Qwen2.5-Coder-0.5B-Instruct" in listed.stdout
+    name = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert f"elsteer models fetch {name}" in one_sentence(elsteer("models", "where", name), code=1)
+    assert "it carries: Qwen/" in one_sentence(elsteer("models", "fetch", "nobody/nothing"))
+
+
+def test_push_uploads_and_says_where(tmp_path: Path) -> None:
+    tiny_landscape().save_pretrained(tmp_path / "landscape")
+    with fake_hub() as hub:
+        environment = {
+            "HF_ENDPOINT": hub.address,
+            "HF_TOKEN": WRITER,
+            "NO_PROXY": "127.0.0.1",
+            "HF_HOME": str(tmp_path),
+        }
+        process = subprocess.run(
+            [sys.executable, "-m", "elsteer", "push", str(tmp_path / "landscape"), "org/name", "--private"],
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+        )
+        assert process.returncode == 0, process.stderr
+        assert process.stdout == f"The landscape is at {hub.address}/org/name.\n"
+        assert hub.private["org/name"]
+
+
+# demo
+
+
+def test_demo_shows_the_whole_story(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("elsteer.demo")
+    settings = FitSettings.model_validate(yaml.safe_load((here / "run" / "settings.yaml").read_text(encoding="utf-8")))
+    monkeypatch.setitem(JUDGES, "rules", CoinJudge)
+    monkeypatch.setattr("elsteer.demo.FitSettings", lambda: settings.model_copy(update={"limit": 120, "dev_limit": 60}))
+    result = elsteer("demo", "--model", here / "model", "--run-dir", tmp_path / "demo", "--dtype", "float32")
+    if result.exit_code == 3:
+        pytest.skip("nothing helped this random model; the next part needs a landscape")
+    assert result.exit_code == 0, result.stderr
+    assert "Plain against steered (els)" in result.stdout
+    assert "Decode overhead: steered decoding takes " in result.stdout
+    assert "Time: " in result.stdout
+    assert f"The report is {tmp_path / 'demo' / 'report.html'}; " in result.stdout.splitlines()[-1]
+
+
+# Progress
+
+
+def test_without_a_terminal_progress_is_a_few_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    with ProgressBars() as progress:
+        for done in range(1001):
+            progress("answering", done, 1000)
+        progress("nothing to do", 0, 0)
+        progress("read again", 7, 7)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["answering: 0 of 1000", "answering: 1000 of 1000, 0:00 so far", "read again: 7 of 7"]
+
+
+def test_on_a_terminal_a_stage_that_begins_again_keeps_its_one_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    console = screen(stderr=True)
+    console._force_terminal = True
+    with ProgressBars(console) as progress:
+        for _ in range(3):
+            for done in range(4):
+                progress("judging a setting", done, 3)
+        assert progress._bars is not None
+        (task,) = progress._bars.tasks
+        assert (task.completed, task.total) == (3, 3)
+    assert "judging a setting" in capsys.readouterr().err
