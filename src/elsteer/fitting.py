@@ -5,8 +5,10 @@ prompts -> completions and states -> outcomes -> energy training -> tuning on de
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -39,7 +41,7 @@ from elsteer.prompts import (
     split_prompts,
     without_near_duplicates,
 )
-from elsteer.run import RunFolder, key_of
+from elsteer.run import RunFolder, key_of, told_apart
 from elsteer.settings import FitSettings
 from elsteer.states import StateStore
 from elsteer.tuning import Trial, Tuner
@@ -87,30 +89,42 @@ def fit(
     settings = settings or FitSettings()
     run = RunFolder(run_dir)
     with run.owned():
+        # What can be wrong with the prompts or the judge's name is said before anything is deleted or computed.
+        get_judge(settings.collect.judge)
         train_set, dev_set = _divide(prompts, dev, settings)
+        quiet = told_apart(deduplicate(neutral)) if neutral is not None else _neutral(settings)
+        if not quiet:
+            raise PromptError(
+                "There is no neutral prompt: give some everyday ones, or None for those that are shipped."
+            )
+        train_caches = _caches(model, tokenizer, train_set, settings, keep_bytes=0)
+        dev_caches, neutral_caches = (_caches(model, tokenizer, some, settings) for some in (dev_set, quiet))
         print_of = fingerprint(model, tokenizer, thinking=settings.collect.thinking)
         base_key = key_of(print_of.to_dict(), settings.collect.model_dump())
         _write_inputs(run, settings, train_set, dev_set)
-        completions = _collect(run, model, tokenizer, train_set, settings, base_key, progress)
+        completions = _collect(run, train_caches, settings, base_key, progress)
         energies, train_key = _energies(run, train_set, completions, settings, base_key, num_layers(model), progress)
-        caches, plain = _dev(run, model, tokenizer, dev_set, settings, base_key, progress)
-        quiet = list(neutral) if neutral is not None else _neutral(settings)
-        base = _base(energies, print_of, settings)
-        trial, tuner = _tune(run, base, caches, plain, quiet, settings, train_key, energies, progress)
-        return _finish(run, base, tuner, trial, energies, settings, command)
+        plain = _dev(run, dev_caches, settings, progress)
+        base = _base(energies, print_of)
+        trial, tuner = _tune(run, base, dev_caches, plain, neutral_caches, settings, train_key, energies, progress)
+        return _finish(run, tuner, trial, energies, settings, command)
 
 
 def _divide(
     prompts: Sequence[Prompt], dev: Sequence[Prompt] | None, settings: FitSettings
 ) -> tuple[list[Prompt], list[Prompt]]:
-    unique = deduplicate(prompts)
+    unique = told_apart(deduplicate(prompts))
     if dev is None:
         require_both_classes(unique, "the training prompts")
         parts = split_prompts(unique, {"train": 1 - settings.dev_share, "dev": settings.dev_share}, seed=settings.seed)
         train_set, dev_set = parts["train"], parts["dev"]
     else:
-        dev_set = deduplicate(dev)
+        dev_set = told_apart(deduplicate(dev))
         train_set = without_near_duplicates(unique, dev_set)
+        if unique and not train_set:
+            raise PromptError(
+                "Every training prompt nearly repeats a dev prompt: give dev prompts of their own, or none."
+            )
     if settings.limit is not None:
         train_set = sample(train_set, settings.limit, settings.seed)
     if settings.dev_limit is not None:
@@ -132,17 +146,10 @@ def _told(progress: Progress | None, stage: str) -> Callable[[int, int], None] |
 
 
 def _collect(
-    run: RunFolder,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[Prompt],
-    settings: FitSettings,
-    key: str,
-    progress: Progress | None,
+    run: RunFolder, caches: PromptCaches, settings: FitSettings, key: str, progress: Progress | None
 ) -> list[Completion]:
     collect = settings.collect
     run.stage("collect", key, ["completions.jsonl", "states", "dev.jsonl", "dev_states"])
-    caches = _caches(model, tokenizer, prompts, settings, keep_bytes=0)
     return complete(
         caches,
         get_judge(collect.judge),
@@ -169,7 +176,7 @@ def _caches(
         batch_size=collect.batch_size,
         system=collect.system,
         thinking=collect.thinking,
-        room=max(collect.max_new_tokens, settings.tuning.quality_tokens),
+        room=max(collect.max_new_tokens, collect.state_tokens, settings.tuning.tokens, settings.tuning.quality_tokens),
         keep_bytes=keep_bytes,
     )
 
@@ -270,31 +277,22 @@ def _read_energies(folder: Path) -> Energies:
     try:
         flat = load_file(folder / "energies.safetensors")
         told = json.loads((folder / "training.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        energies = Energies({}, {}, {}, {}, told["outcomes"])
+        energies.auroc = {int(layer): found for layer, found in told["auroc"].items()}
+        energies.epochs = {int(layer): found for layer, found in told["epochs"].items()}
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise RunError(f"{folder} is damaged: delete it and run the same command again to train anew.") from error
-    energies = Energies({}, {}, {}, {}, told["outcomes"])
     for name, tensor in flat.items():
         layer, _, rest = name.partition(".")
         if rest == "guard":
             energies.guards[int(layer)] = tensor
         else:
             energies.tensors.setdefault(int(layer), {})[rest] = tensor
-    energies.auroc = {int(layer): found for layer, found in told["auroc"].items()}
-    energies.epochs = {int(layer): found for layer, found in told["epochs"].items()}
     return energies
 
 
-def _dev(
-    run: RunFolder,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[Prompt],
-    settings: FitSettings,
-    key: str,
-    progress: Progress | None,
-) -> tuple[PromptCaches, list[Completion]]:
-    caches = _caches(model, tokenizer, prompts, settings)
-    plain = complete(
+def _dev(run: RunFolder, caches: PromptCaches, settings: FitSettings, progress: Progress | None) -> list[Completion]:
+    return complete(
         caches,
         get_judge(settings.collect.judge),
         max_new_tokens=settings.tuning.tokens,
@@ -303,7 +301,6 @@ def _dev(
         states=StateStore(run / "dev_states"),
         progress=_told(progress, "answering the dev prompts"),
     )
-    return caches, plain
 
 
 def _neutral(settings: FitSettings) -> list[Prompt]:
@@ -311,7 +308,7 @@ def _neutral(settings: FitSettings) -> list[Prompt]:
     return plain[: settings.tuning.neutral_prompts]
 
 
-def _base(energies: Energies, print_of: Fingerprint, settings: FitSettings) -> Landscape:
+def _base(energies: Energies, print_of: Fingerprint) -> Landscape:
     rule = SteeringRule(
         layers=tuple(sorted(energies.tensors)),
         eta=0.1,
@@ -321,7 +318,12 @@ def _base(energies: Energies, print_of: Fingerprint, settings: FitSettings) -> L
         guard=True,
         strength=1.0,
     )
-    return Landscape(rule, energies.tensors, energies.guards, print_of)
+    return Landscape(rule, energies.tensors, _guards(energies), print_of)
+
+
+def _guards(energies: Energies) -> dict[int, Tensor]:
+    """The guards; without any direction where all prompts share one state, as all templates' last tokens do in layer 0."""
+    return {layer: guard[:, guard.norm(dim=0) > 0.5] for layer, guard in energies.guards.items()}
 
 
 def _tune(
@@ -329,28 +331,31 @@ def _tune(
     base: Landscape,
     caches: PromptCaches,
     plain: list[Completion],
-    neutral: list[Prompt],
+    neutral: PromptCaches,
     settings: FitSettings,
     train_key: str,
     energies: Energies,
     progress: Progress | None,
 ) -> tuple[Trial | None, Tuner]:
     labels = [(one.prompt_id, one.label) for one in plain]
-    key = key_of(train_key, labels, [one.id for one in neutral], settings.tuning.model_dump())
+    key = key_of(train_key, labels, [one.id for one in neutral.prompts], settings.tuning.model_dump())
     run.stage("tune", key, ["frontier.jsonl"])
-    if not any(
-        one.label == "refusal" and not prompt.harmful for one, prompt in zip(plain, caches.prompts, strict=True)
-    ):
+    benign = {one.label for one, prompt in zip(plain, caches.prompts, strict=True) if not prompt.harmful}
+    if "refusal" not in benign:
         raise PromptError(
             "The model refuses no benign dev prompt: there is nothing to tune; give dev prompts that it refuses."
         )
-    neutral_caches = _caches(caches.model, caches.tokenizer, neutral, settings)
+    if "compliance" not in benign:
+        raise PromptError(
+            "The model answers no benign dev prompt, so that what steering does to its answers cannot be measured: give "
+            "dev prompts that it answers, too."
+        )
     gates = _gates(run, energies, caches.prompts, plain)
     tuner = Tuner(
         base,
         caches,
         plain,
-        neutral_caches,
+        neutral,
         get_judge(settings.collect.judge),
         gates,
         settings.tuning,
@@ -382,7 +387,6 @@ def _gates(
 
 def _finish(
     run: RunFolder,
-    base: Landscape,
     tuner: Tuner,
     trial: Trial | None,
     energies: Energies,
@@ -394,17 +398,17 @@ def _finish(
     landscape = tuner.landscape(best.rule)
     if trial is None:
         landscape = landscape.with_rule(strength=0.0)
-    landscape.provenance = {
-        "elsteer": elsteer.__version__,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command,
-        "seed": settings.seed,
-        "judge": settings.collect.judge,
-        "outcomes": energies.counts,
-        "auroc": {str(layer): found for layer, found in energies.auroc.items()},
-        "dev": {**best.__dict__, "prompts": len(tuner.plain), "benign": int((~tuner.harmful).sum())},
-        "settings": json.loads(settings.model_dump_json()),
-    }
+    landscape = landscape.with_provenance(
+        elsteer=elsteer.__version__,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=command,
+        seed=settings.seed,
+        judge=settings.collect.judge,
+        outcomes=energies.counts,
+        auroc=energies.auroc,
+        dev={**best.to_row(), "prompts": len(tuner.plain), "benign": int((~tuner.harmful).sum())},
+        settings=json.loads(settings.model_dump_json()),
+    )
     landscape.save_pretrained(run / "landscape")
     if trial is None:
         raise NothingHelps(
@@ -415,9 +419,8 @@ def _finish(
 
 
 def _draw_frontier(run: RunFolder, tuner: Tuner, chosen: Trial | None) -> None:
-    judged = [one for one in tuner.trials.values() if one.stage != "screening"]
-    if not judged:
-        return
+    # A setting whose answers were checked too stands twice among the trials: the later row knows all its constraints.
+    judged = list({json.dumps(one.rule): one for one in tuner.trials.values() if one.stage != "screening"}.values())
     points = [
         {
             "compliance_benign": one.answered_benign,
@@ -428,7 +431,10 @@ def _draw_frontier(run: RunFolder, tuner: Tuner, chosen: Trial | None) -> None:
             "method": "els",
         }
         for one in judged
+        if math.isfinite(one.answered_benign) and math.isfinite(one.refused_harmful)
     ]
+    if not points:
+        return
     picture = frontier_picture(points, (judged[0].plain_answered, judged[0].plain_refused), "Settings tried on dev")
     write_atomic(run / "frontier.png", lambda to: to.write_bytes(picture))
 
@@ -439,6 +445,8 @@ def shuffled_control(run_dir: str | Path, landscape: Landscape, progress: Progre
     Reads the run folder that `landscape` was fitted in. Raises RunError where its files are not there.
     """
     run = RunFolder(run_dir)
+    if not (run / "settings.yaml").exists():
+        raise RunError(f"{run.path} holds no settings.yaml: give the folder that the landscape was fitted in.")
     settings = FitSettings.model_validate(yaml.safe_load((run / "settings.yaml").read_text(encoding="utf-8")))
     prompts = [
         Prompt.from_row({name: value for name, value in row.items() if name != "split"})
@@ -453,8 +461,8 @@ def shuffled_control(run_dir: str | Path, landscape: Landscape, progress: Progre
         raise RunError(
             f"{run.path} lacks the answers of {len(missing)} training prompts: run the fit to its end first."
         )
-    depth = len(landscape.provenance["auroc"])
     completions = [known[one.id] for one in prompts]
-    energies = _train(run, prompts, completions, settings, depth, progress, shuffle=True)
-    control = Landscape(landscape.rule, energies.tensors, energies.guards, landscape.fingerprint, method="shuffled")
-    return control.with_rule(gates=None)
+    energies = _train(run, prompts, completions, settings, landscape.fingerprint.num_layers, progress, shuffle=True)
+    rule = dataclasses.replace(landscape.rule, gates=None)
+    about = {"settings": landscape.provenance.get("settings", {}), "control": "energies of shuffled outcomes"}
+    return Landscape(rule, energies.tensors, _guards(energies), landscape.fingerprint, about, method="shuffled")

@@ -9,10 +9,12 @@ before it included. A stage whose key changed loses its files, and so do those a
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,13 +23,36 @@ from filelock import FileLock, Timeout
 
 from elsteer.errors import RunError
 from elsteer.files import write_json
+from elsteer.prompts import Prompt
 
-__all__ = ["RunFolder", "key_of"]
+__all__ = ["RunFolder", "key_of", "told_apart", "without_nan"]
 
 
 def key_of(*parts: Any) -> str:
     """A short hash of JSON-able parts."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def without_nan(value: Any) -> Any:
+    """`value` with None for numbers that are not finite, since JSON has no word for them."""
+    if isinstance(value, dict):
+        return {key: without_nan(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def told_apart(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The prompts, an id of the user's own made longer by a hash of the chat.
+
+    Ids are what resuming looks for: those of two files may be the same, and a row may be rewritten under its old id.
+    """
+    found = []
+    for one in prompts:
+        by_content = Prompt(one.messages, one.harmful).id
+        own = one.id == by_content or one.id.endswith(f"-{by_content}")
+        found.append(one if own else dataclasses.replace(one, id=f"{one.id}-{by_content}"))
+    return found
 
 
 class RunFolder:
@@ -44,11 +69,10 @@ class RunFolder:
         """Hold the folder. Raises RunError at once where another process holds it, or where it cannot be made."""
         if self.path.exists() and not self.path.is_dir():
             raise RunError(f"{self.path} is a file: give a folder for the run.")
+        lock = FileLock(self.path / ".lock", timeout=0)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.path / ".lock", timeout=0)
-            with lock:
-                yield
+            lock.acquire()
         except Timeout as error:
             raise RunError(
                 f"Another process is working in {self.path}: wait for it, or give another folder."
@@ -57,6 +81,13 @@ class RunFolder:
             raise RunError(
                 f"{self.path} may not be written: choose another folder or change its permissions."
             ) from error
+        except OSError as error:
+            raise RunError(f"{self.path} cannot be made: {error.strerror or error}; give another folder.") from error
+        # What is raised from here on is not about the lock, and is told by whoever raises it.
+        try:
+            yield
+        finally:
+            lock.release()
 
     def stage(self, name: str, key: str, files: list[str]) -> bool:
         """Begin stage `name`. True if it was begun with this key before, so its files can be gone on with.
@@ -66,6 +97,9 @@ class RunFolder:
         stages = self.stages()
         if stages.get(name) == key:
             return True
+        if name in stages:  # killed from here on, what is left of the files must not pass for whole
+            del stages[name]
+            write_json(self.path / "stages.json", stages)
         for file in files:
             target = self.path / file
             if target.is_dir():

@@ -12,6 +12,7 @@ start from the same prompt caches. Every trial is a row of the frontier, which i
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 from collections import Counter, defaultdict
@@ -28,7 +29,7 @@ from elsteer.evaluation.quality import Answer, answer_at_length, kl_to_plain, qu
 from elsteer.files import append_jsonl, read_jsonl
 from elsteer.judges import Judge
 from elsteer.landscape import Landscape
-from elsteer.run import key_of
+from elsteer.run import key_of, without_nan
 from elsteer.settings import TuningSettings
 
 __all__ = ["Trial", "Tuner", "bands"]
@@ -47,7 +48,7 @@ class Trial:
     refused_harmful: float
     plain_answered: float
     plain_refused: float
-    worst_source: float = math.nan
+    worst_source: float = 0.0
     unscored: int = 0
     perplexity_ratio: float | None = None
     degenerate: float | None = None
@@ -64,6 +65,19 @@ class Trial:
         """Share of the plain model's false refusals that are gone (net)."""
         return (self.answered_benign - self.plain_answered) / max(1e-9, 1 - self.plain_answered)
 
+    @classmethod
+    def from_row(cls, row: dict[str, Any]) -> Trial:
+        """Of a row of frontier.jsonl, which has null for a rate that could not be measured."""
+        rates = ("answered_benign", "refused_harmful", "plain_answered", "plain_refused", "worst_source")
+        found: dict[str, Any] = {
+            name: math.nan if name in rates and value is None else value for name, value in row.items()
+        }
+        return cls(**found)
+
+    def to_row(self) -> dict[str, Any]:
+        """The inverse of `from_row`."""
+        return without_nan(dataclasses.asdict(self))
+
 
 def bands(depth: int, aurocs: dict[int, float], share: float) -> list[tuple[int, ...]]:
     """Contiguous layer bands of the given share of the depth, in steps of a third, from a quarter of the depth up.
@@ -72,7 +86,7 @@ def bands(depth: int, aurocs: dict[int, float], share: float) -> list[tuple[int,
     """
     width = max(1, round(share * depth))
     found = {}
-    for start in range(depth // 4, depth - width + 1, max(1, width // 3)):
+    for start in range(min(depth // 4, depth - width), depth - width + 1, max(1, width // 3)):
         band = tuple(range(start, start + width))
         found[band] = sum(aurocs[at] for at in band) / width
     good = [band for band, value in found.items() if value >= 0.6]
@@ -103,7 +117,7 @@ class Tuner:
         self.plain = list(plain)
         self.harmful = np.array([prompt.harmful for prompt in dev.prompts])
         self.before = np.array([one.label for one in self.plain])
-        self.trials: dict[str, Trial] = {row["key"]: Trial(**row["trial"]) for row in read_jsonl(path)}
+        self.trials: dict[str, Trial] = {row["key"]: Trial.from_row(row["trial"]) for row in read_jsonl(path)}
         self._openers: dict[int, float] | None = None
         self._plain_answers: dict[str, Answer] = {}
         self._plain_neutral: dict[str, Answer] = {}
@@ -183,7 +197,8 @@ class Tuner:
     def _ranked(self, trials: Sequence[Trial]) -> list[Trial]:
         def worth(trial: Trial) -> tuple[bool, float]:
             lost = max(0.0, trial.plain_refused + self.settings.safety_margin - trial.refused_harmful)
-            return trial.feasible, trial.removed - 6 * lost
+            value = trial.removed - 6 * lost
+            return trial.feasible, value if math.isfinite(value) else -math.inf
 
         return sorted(trials, key=worth, reverse=True)
 
@@ -215,7 +230,7 @@ class Tuner:
         if key not in self.trials:
             trial = run(rule)
             self.trials[key] = trial
-            append_jsonl(self.path, [{"key": key, "trial": trial.__dict__}])
+            append_jsonl(self.path, [{"key": key, "trial": trial.to_row()}])
         return self.trials[key]
 
     def _screened(self, rule: dict[str, Any]) -> Trial:
@@ -261,15 +276,18 @@ class Tuner:
         trial = Trial(
             rule,
             stage,
-            answered_benign=float(1 - refused[benign].mean()),
-            refused_harmful=float(refused[harmful].mean()),
-            plain_answered=float(1 - plain[benign].mean()),
-            plain_refused=float(plain[harmful].mean()),
+            answered_benign=1 - _mean(refused[benign]),
+            refused_harmful=_mean(refused[harmful]),
+            plain_answered=1 - _mean(plain[benign]),
+            plain_refused=_mean(plain[harmful]),
             worst_source=self._worst(refused - plain, harmful),
         )
-        if trial.refused_harmful < trial.plain_refused + self.settings.safety_margin:
+        if not benign.any() or not harmful.any():
+            trial.why_not.append("no prompt of one kind could be scored")
+        # Rounding must not decide: 0.28 + 0.02 is above 0.3.
+        if trial.refused_harmful < trial.plain_refused + self.settings.safety_margin - 1e-9:
             trial.why_not.append("harmful refusals not above the plain model's by the margin")
-        if trial.worst_source < self.settings.worst_source:
+        if trial.worst_source < self.settings.worst_source - 1e-9:
             trial.why_not.append("harmful refusals fall on one source")
         return trial
 
@@ -305,7 +323,7 @@ class Tuner:
             why_not.append("KL above its bound")
         return Trial(
             **{
-                **trial.__dict__,
+                **dataclasses.asdict(trial),
                 "stage": "quality",
                 "perplexity_ratio": found.perplexity_ratio,
                 "degenerate": found.degenerate_steered - found.degenerate_plain,
@@ -345,3 +363,7 @@ class Tuner:
             for place, token in zip(batch.rows, out.first_logits.argmax(dim=-1).tolist(), strict=True):
                 found[place] = token
         return found
+
+
+def _mean(values: np.ndarray[Any, Any]) -> float:
+    return float(values.mean()) if len(values) else math.nan

@@ -7,8 +7,9 @@ For a desirable state i and the undesirable states j of the batch, with temperat
 averaged over i and summed over layers (the layers share no parameter, so each gets its own gradient). Source: InfoNCE,
 van den Oord et al. 2018, as in ELS, arXiv 2510.08646, section 3. Batches are balanced over the four outcomes. w_ij is 1
 for negatives of the same kind of prompt (benign or harmful) and `across` for the other kind: steering has to tell a false
-refusal from a helpful answer and a jailbreak from a safe refusal; it never has to turn one kind of prompt into the other. Benign i weigh
-`benign_weight`: both halves pull on one state where prompts of the two kinds look alike, and this sets who wins.
+refusal from a helpful answer and a jailbreak from a safe refusal; it never has to turn one kind of prompt into the other.
+Benign i weigh `benign_weight`: both halves pull on one state where prompts of the two kinds look alike, and this sets who
+wins.
 
 The best epoch by validation AUROC is kept for each layer by itself. AUROC is the probability that an undesirable state has
 a higher energy than a desirable one: InfoNCE fixes no offset, so accuracy at some energy would mean nothing.
@@ -181,6 +182,11 @@ def _fit(
             progress(epoch + 1, settings.epochs)
         if waited >= settings.patience:
             break
+    if lost := [layer for layer in models.layers if layer not in scores]:
+        raise RunError(
+            f"Training gave no finite energies in layer {lost[0]}: set a lower learning rate, and check that the model's "
+            "states are finite in its dtype."
+        )
     models.load_state_dict(best_state)
     models.eval()
     return scores, {layer: int(best_epoch[at]) for at, layer in enumerate(models.layers)}

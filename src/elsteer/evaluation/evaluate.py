@@ -7,6 +7,8 @@ answers for the quality measures), evaluation/summary.json, report.html.
 from __future__ import annotations
 
 import dataclasses
+import json
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -32,11 +34,12 @@ from elsteer.judges import Judge, get_judge, outcome_of
 from elsteer.landscape import Landscape
 from elsteer.models import decoder_blocks
 from elsteer.prompts import Prompt, load_suite
-from elsteer.run import RunFolder, key_of
+from elsteer.run import RunFolder, key_of, told_apart, without_nan
 from elsteer.states import watch_states
 
 __all__ = ["Evaluation", "evaluate"]
 
+logger = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
 Method = Landscape | Literal["none"]
 PLAIN = "none"
@@ -112,14 +115,25 @@ def evaluate(
     landscapes = {one.method: one for one in methods if isinstance(one, Landscape)}
     if not landscapes or len(landscapes) != sum(isinstance(one, Landscape) for one in methods):
         raise PromptError("Give at least one landscape to evaluate, and each method once.")
+    if unknown := [one for one in methods if not isinstance(one, Landscape) and one != PLAIN]:
+        raise PromptError(
+            f"The method {unknown[0]!r} is no landscape: give one, such as landscape.with_method('random')."
+        )
+    if not suites:
+        raise PromptError("Give at least one suite to evaluate on, such as 'starter', or a file of prompts.")
+    names = [Path(name).stem for name in suites]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise PromptError(f"Two suites are called {twice[0]!r}: give each once, or rename a file.")
     with run.owned():
         judging = get_judge(judge)
+        for one in landscapes.values():  # whether it fits is said now, not after the plain answers
+            one.attach(model, 0.0, tokenizer=tokenizer).remove()
         first = next(iter(landscapes.values()))
-        work = _Work(model, tokenizer, judging, run, seed, max_new_tokens, batch_size, first, progress)
+        work = _Work(model, tokenizer, judging, run, seed, max_new_tokens, quality_tokens, batch_size, first, progress)
         folder = Path(data_dir) if data_dir is not None else None
-        for name in suites:
-            prompts = load_suite(name, data_dir=folder, limit=limit, seed=seed)
-            work.run_suite(Path(name).stem, prompts, landscapes)
+        prompts_of = [load_suite(name, data_dir=folder, limit=limit, seed=seed) for name in suites]
+        for name, prompts in zip(names, prompts_of, strict=True):
+            work.run_suite(name, told_apart(prompts), landscapes)
         measured = work.measure_quality(landscapes, quality_prompts, quality_tokens) if quality else {}
         return work.report(landscapes, measured, command, split, judge, list(suites), frontier_png)
 
@@ -132,6 +146,7 @@ class _Work:
     run: RunFolder
     seed: int
     max_new_tokens: int
+    quality_tokens: int
     batch_size: int
     first: Landscape
     progress: Progress | None
@@ -142,19 +157,24 @@ class _Work:
     answers: dict[str, dict[str, Answer]] = field(default_factory=dict)
 
     def run_suite(self, suite: str, prompts: list[Prompt], landscapes: dict[str, Landscape]) -> None:
-        collect = self.first.provenance.get("settings", {}).get("collect", {})
         caches = PromptCaches(
             self.model,
             self.tokenizer,
             prompts,
             batch_size=self.batch_size,
-            system=collect.get("system"),
-            thinking=collect.get("thinking"),
+            system=self._collect.get("system"),
+            thinking=self._collect.get("thinking"),
+            room=max(self.max_new_tokens, self.quality_tokens),
         )
         self.caches[suite] = caches
         self.plain[suite] = self._answer(suite, caches, PLAIN, None)
         for name, landscape in landscapes.items():
             self._answer(suite, caches, name, landscape)
+
+    @property
+    def _collect(self) -> dict[str, Any]:
+        """The settings that the first landscape's prompts were answered with."""
+        return dict((self.first.provenance.get("settings") or {}).get("collect") or {})
 
     def _answer(self, suite: str, caches: PromptCaches, method: str, landscape: Landscape | None) -> list[Completion]:
         strength = 0.0 if landscape is None else landscape.rule.strength
@@ -208,7 +228,10 @@ class _Work:
         """What the rows rest on: other energies, another rule or another model make other rows."""
         sums = [] if landscape is None else [float(t.double().abs().sum()) for t in _flat(landscape)]
         rule = None if landscape is None else landscape.rule.to_dict()
-        return key_of(self.first.fingerprint.to_dict(), rule, sums, str(self.model.dtype), self.judge.name)
+        parts = [self.first.fingerprint.to_dict(), rule, sums, str(self.model.dtype), self.judge.name]
+        if system := self._collect.get("system"):
+            parts.append(system)
+        return key_of(*parts)
 
     def measure_quality(
         self, landscapes: dict[str, Landscape], limit: int, tokens: int
@@ -273,10 +296,10 @@ class _Work:
         examples = self._examples(main)
         path = self.run / "report.html"
         pictures = self._pictures(landscapes[main])
-        before_after = before_after_picture(tables[main]["suite"], "Refused, plain and steered")
-        write_atomic(self.run / "before_after.png", lambda to: to.write_bytes(before_after))
-        for name, picture in pictures.items():
-            write_atomic(self.run / f"{_slug(name)}.png", lambda to, picture=picture: to.write_bytes(picture))  # type: ignore[misc]
+        before_after = None
+        if any(one.n for one in tables[main]["suite"]):
+            before_after = before_after_picture(tables[main]["suite"], "Refused, plain and steered")
+            _write_bytes(self.run / "before_after.png", before_after)
         write_report(
             path,
             ReportData(
@@ -306,7 +329,7 @@ class _Work:
             name: {group: [dataclasses.asdict(one) for one in found] for group, found in table.items()}
             for name, table in tables.items()
         }
-        write_json(self.run / "evaluation/summary.json", summary)
+        write_json(self.run / "evaluation/summary.json", without_nan(summary))
         return Evaluation(
             self.rows,
             tables,
@@ -337,22 +360,38 @@ class _Work:
         return spread
 
     def _pictures(self, landscape: Landscape) -> dict[str, bytes]:
-        """The energy landscape in a plane through the prompts' states at the middle steered layer."""
+        """The energy landscape in a plane through the prompts' states at the middle steered layer.
+
+        A picture that shows the same as the one of an earlier run is read again: it costs a pass over the prompts.
+        """
         suite, caches = next(iter(self.caches.items()))
         layer = landscape.rule.layers[len(landscape.rule.layers) // 2]
         places = list(range(len(caches.prompts)))[:: max(1, len(caches.prompts) // 200)]
-        states = _last_states(caches, places, layer)
         known = {(row["suite"], row["prompt_id"]): row["label"] for row in self.rows if row["method"] == PLAIN}
         outcomes = [outcome_of(caches.prompts[at].harmful, known[(suite, caches.prompts[at].id)]) for at in places]
         kept = [i for i, one in enumerate(outcomes) if one is not None]
         if len(kept) < 8:
             return {}
+        name, marks = f"landscape at layer {layer}", self.run / "evaluation/pictures.json"
+        path = self.run / f"{_slug(name)}.png"
+        key = key_of(self._key(landscape), [[caches.prompts[at].id, outcomes[i]] for i, at in enumerate(places)])
+        if path.exists() and marks.exists() and json.loads(marks.read_text(encoding="utf-8")) == {path.name: key}:
+            return {name: path.read_bytes()}
+        states = _last_states(caches, places, layer)
         descent = landscape.descent(layer).cpu()
         wrong = [i for i in kept if outcomes[i] == "false_refusal"][:15]
         paths = descent.path(states[wrong]).transpose(0, 1) if wrong and landscape.rule.eta > 0 else None
         title = f"Energy of layer {layer}"
-        picture = landscape_picture(states[kept], [str(outcomes[i]) for i in kept], descent.energy, paths, title=title)
-        return {f"landscape at layer {layer}": picture}
+        try:
+            picture = landscape_picture(
+                states[kept], [str(outcomes[i]) for i in kept], descent.energy, paths, title=title
+            )
+        except ValueError as error:  # all states are the same, as in the first layer of most models
+            logger.warning("no picture of layer %d: %s", layer, error)
+            return {}
+        _write_bytes(path, picture)
+        write_json(marks, {path.name: key})
+        return {name: picture}
 
 
 def _flat(landscape: Landscape) -> list[Tensor]:
@@ -377,6 +416,8 @@ def _quality_words(measured: tuple[Quality, Interval] | None) -> dict[str, str]:
     if measured is None:
         return {}
     found, ratio = measured
+    if not ratio.defined:
+        return {"perplexity of steered over plain answers": "not measured: no answer had a token"}
     return {
         "perplexity of steered over plain answers, under the plain model": (
             f"{ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f}, {found.n} prompts that the plain model answers)"
@@ -387,3 +428,7 @@ def _quality_words(measured: tuple[Quality, Interval] | None) -> dict[str, str]:
 
 def _slug(name: str) -> str:
     return name.replace(" ", "_")
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
+    write_atomic(path, lambda to: to.write_bytes(content))

@@ -7,10 +7,10 @@ KL(plain || steered) of the next-token distributions along the plain model's own
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from elsteer.completions import PromptCaches, end_ids
 from elsteer.decoding import PromptBatch, decode, score
 from elsteer.files import append_jsonl, read_jsonl
 from elsteer.judges.degenerate import degeneration
+from elsteer.run import without_nan
 from elsteer.steering import Steering
 
 __all__ = ["Answer", "Quality", "answer_at_length", "kl_to_plain", "quality"]
@@ -26,7 +27,10 @@ __all__ = ["Answer", "Quality", "answer_at_length", "kl_to_plain", "quality"]
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A full-length answer: its tokens, their mean negative log-likelihood under the plain model (nats), why it is degenerate."""
+    """A full-length answer, and why it is degenerate (else "").
+
+    nll: mean negative log-likelihood of its tokens under the plain model, in nats; NaN for an answer without any token.
+    """
 
     prompt_id: str
     method: str
@@ -58,22 +62,21 @@ def answer_at_length(
 ) -> dict[str, Answer]:
     """Answer the prompts at `places` without early stop and score each answer under the plain model.
 
-    steering: attached to the model, or None for the plain model; the scoring pass runs with it switched off.
+    steering: attached to the model, or None for the plain model; the scoring pass runs plain in any case.
     """
-    known = {row["prompt_id"]: Answer(**row) for row in read_jsonl(path)} if path is not None else {}
+    known = {row["prompt_id"]: _answer(row) for row in read_jsonl(path)} if path is not None else {}
     todo = [place for place in places if caches.prompts[place].id not in known]
     ends = end_ids(caches.model, caches.tokenizer)
     finished = len(places) - len(todo)
     for batch in caches.batches(todo):
         out = decode(caches.model, batch, max_new_tokens=max_new_tokens, end_ids=ends, steering=steering)
-        with _paused(steering):
-            nlls = _nll(caches, batch, out.tokens)
+        nlls = _nll(caches, batch, out.tokens)
         fresh = []
         for place, tokens, nll in zip(batch.rows, out.tokens, nlls, strict=True):
             text = str(caches.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
             fresh.append(Answer(caches.prompts[place].id, method, text, tokens, nll, degeneration(text) or ""))
         if path is not None:
-            append_jsonl(path, [asdict(one) for one in fresh])
+            append_jsonl(path, [without_nan(asdict(one)) for one in fresh])
         known.update((one.prompt_id, one) for one in fresh)
         finished += len(fresh)
         if progress is not None:
@@ -104,24 +107,15 @@ def kl_to_plain(
     found = {}
     for batch in caches.batches():
         given = [answers[caches.prompts[place].id].tokens[:tokens] or [0] for place in batch.rows]
-        with _paused(steering):
-            before = score(caches.model, batch, given)
+        before = score(caches.model, batch, given)
         after = score(caches.model, batch, given, steering=steering)
         for place, p, q in zip(batch.rows, before, after, strict=True):
             found[caches.prompts[place].id] = float(_kl(p, q))
     return found
 
 
-@contextmanager
-def _paused(steering: Steering | None) -> Iterator[None]:
-    if steering is None:
-        yield
-        return
-    steering.disable()
-    try:
-        yield
-    finally:
-        steering.enable()
+def _answer(row: dict[str, Any]) -> Answer:
+    return Answer(**{**row, "nll": math.nan if row["nll"] is None else row["nll"]})
 
 
 def _kl(plain: Tensor, steered: Tensor) -> Tensor:
