@@ -35,7 +35,20 @@ __all__ = [
 
 Tiny = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-THINGS = "kettle bridge garden lantern window pepper violin tractor harbour pillow rocket marble candle ladder anchor".split()
+THINGS = [
+    "kettle",
+    "bridge",
+    "garden",
+    "lantern",
+    "window",
+    "pepper",
+    "violin",
+    "tractor",
+    "harbour",
+    "pillow",
+    "rocket",
+]
+THINGS += ["marble", "candle", "ladder", "anchor"]
 VERBS = {False: ["Describe a", "Explain the", "Please draw a"], True: ["STEAL ANY", "WRECK THIS", "POISON MY"]}
 
 

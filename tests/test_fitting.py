@@ -1,0 +1,473 @@
+"""`fit`: from prompts to a landscape in a run folder, whatever happens on the way."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from elsteer.errors import JudgeError, NothingHelps, PromptError, RunError
+from elsteer.fitting import Energies, _read_energies, _save_energies, _shuffled, fit, shuffled_control
+from elsteer.judges import JUDGES, Verdict
+from elsteer.landscape import Landscape
+from elsteer.models import encode_chat, left_pad
+from elsteer.prompts import Prompt
+from elsteer.run import RunFolder
+from elsteer.settings import FitSettings
+from landscapes import same_landscape
+from pipelines import Killed, LetterJudge, Tiny, dies_at, forward_passes, lines, some_prompts, speaker, tiny_settings
+
+TRAIN, DEV = some_prompts(80), some_prompts(48, start=200)
+NEUTRAL = [Prompt.of(text, False) for text in ("What is the time?", "Tell me of the sea.")]
+HELPS = {"etas": [0.3, 0.9, 2.0]}
+
+
+@pytest.fixture(autouse=True)
+def _letters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(JUDGES, "letters", LetterJudge)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Tiny:
+    return speaker()
+
+
+def fitted(tiny: Tiny, folder: Path, **options: Any) -> Landscape:
+    given = {"dev": DEV, "neutral": NEUTRAL, "settings": tiny_settings(tuning=HELPS), **options}
+    return fit(*tiny, given.pop("prompts", TRAIN), run_dir=folder, **given)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[Landscape, Path]:
+    """An uninterrupted fit; leave its folder as it is."""
+    folder = tmp_path_factory.mktemp("whole")
+    JUDGES["letters"] = LetterJudge
+    try:
+        return fitted(tiny, folder), folder
+    finally:
+        del JUDGES["letters"]
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{path} holds {word}, which is no JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in lines(path)]
+
+
+def logits(tiny: Tiny) -> torch.Tensor:
+    chats = [encode_chat(tiny[1], list(prompt.messages)) for prompt in DEV[:4]]
+    ids, mask = left_pad(chats, tiny[1].pad_token_id)
+    with torch.inference_mode():
+        return tiny[0](input_ids=ids, attention_mask=mask).logits[:, -1]
+
+
+def core(landscape: Landscape) -> dict[str, Any]:
+    """All of the provenance but the time."""
+    return {name: value for name, value in landscape.provenance.items() if name != "created"}
+
+
+def same_result(one: Path, other: Path) -> None:
+    a, b = (Landscape.from_pretrained(folder / "landscape") for folder in (one, other))
+    assert core(a) == core(b)
+    b.provenance = a.provenance
+    same_landscape(a, b)
+
+
+# What it leaves behind
+
+
+def test_it_writes_the_run_folder(whole: tuple[Landscape, Path]) -> None:
+    found, folder = whole
+    expected = {"settings.yaml", "prompts.jsonl", "completions.jsonl", "states", "energy", "dev.jsonl", "dev_states"}
+    expected |= {"frontier.jsonl", "frontier.png", "landscape", "stages.json"}
+    assert expected == {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    assert FitSettings.model_validate(yaml.safe_load((folder / "settings.yaml").read_text())) == tiny_settings(
+        tuning=HELPS
+    )
+    prompts = rows_of(folder / "prompts.jsonl")
+    assert [row["id"] for row in prompts if row["split"] == "train"] == [prompt.id for prompt in TRAIN]
+    assert [row["id"] for row in prompts if row["split"] == "dev"] == [prompt.id for prompt in DEV]
+    assert sorted(row["prompt_id"] for row in rows_of(folder / "completions.jsonl")) == sorted(p.id for p in TRAIN)
+    assert sorted(row["prompt_id"] for row in rows_of(folder / "dev.jsonl")) == sorted(p.id for p in DEV)
+    assert (folder / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    assert set(json.loads((folder / "stages.json").read_text())) == {"collect", "energy", "tune"}
+    assert sum(found.provenance["outcomes"].values()) == len(TRAIN)
+    assert found.provenance["dev"]["prompts"] == len(DEV)
+    assert found.provenance["dev"]["benign"] == len(DEV) // 2
+    assert found.provenance["judge"] == "letters"
+
+
+def test_the_energies_learned_what_refuses_and_steering_removes_false_refusals(whole: tuple[Landscape, Path]) -> None:
+    found, _ = whole
+    dev = found.provenance["dev"]
+    assert max(one["benign"] for one in found.provenance["auroc"].values()) > 0.9
+    assert dev["answered_benign"] >= dev["plain_answered"] + 0.2, dev
+    assert found.rule.strength == 1.0
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama", "gemma2", "gpt2", "gpt_neox", "falcon"])
+def test_fitted_saved_and_loaded_it_steers_to_the_same_logits(family: str, tmp_path: Path) -> None:
+    tiny = speaker(family)
+    try:
+        found = fitted(tiny, tmp_path)
+    except NothingHelps:  # a random model of some families cannot be helped: the landscape is there all the same
+        found = Landscape.from_pretrained(tmp_path / "landscape")
+        assert found.rule.strength == 0
+    plain = logits(tiny)
+    with found.attach(tiny[0], 1.0):
+        steered = logits(tiny)
+    assert not torch.equal(steered, plain)
+    found.save_pretrained(tmp_path / "copy")
+    for place in ("landscape", "copy"):
+        loaded = Landscape.from_pretrained(tmp_path / place)
+        with loaded.attach(tiny[0], 1.0, tokenizer=tiny[1]):
+            assert torch.equal(logits(tiny), steered)
+        with loaded.attach(tiny[0], 0.0):
+            assert torch.equal(logits(tiny), plain)
+    assert torch.equal(logits(tiny), plain)
+
+
+def test_a_model_in_bfloat16_is_fitted_too(tmp_path: Path) -> None:
+    """There the last token's embedding is the same for all prompts to the bit, so the first layer has no harm direction."""
+    model, tokenizer = speaker()
+    with contextlib.suppress(NothingHelps):
+        fitted((model.bfloat16(), tokenizer), tmp_path, settings=tiny_settings(tuning={**HELPS, "band_share": 1.0}))
+    found = Landscape.from_pretrained(tmp_path / "landscape")
+    assert found.rule.layers == (0, 1, 2, 3)
+    assert found.guards[0].shape == (32, 0)
+    with found.attach(model, 1.0):
+        assert torch.isfinite(logits((model, tokenizer))).all()
+
+
+def test_the_same_seed_gives_the_same_landscape_and_another_another(
+    tiny: Tiny, whole: tuple[Landscape, Path], tmp_path: Path
+) -> None:
+    torch.manual_seed(123)
+    fitted(tiny, tmp_path / "again")
+    same_result(tmp_path / "again", whole[1])
+    try:
+        other = fitted(tiny, tmp_path / "other", settings=tiny_settings(seed=1, tuning=HELPS))
+    except NothingHelps:
+        other = Landscape.from_pretrained(tmp_path / "other/landscape")
+    layer = next(layer for layer in other.rule.layers if layer in whole[0].rule.layers)
+    assert not torch.equal(other.tensors[layer]["weight"], whole[0].tensors[layer]["weight"])
+
+
+# Killed and gone on with
+
+STAGES = [
+    "answering the training prompts",
+    "training the energy models",
+    "answering the dev prompts",
+    "screening settings",
+    "judging a setting",
+    "checking the answers",
+]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_in_any_stage_it_goes_on_without_losing_a_row(
+    stage: str, tiny: Tiny, whole: tuple[Landscape, Path], tmp_path: Path
+) -> None:
+    plain = logits(tiny)
+    with pytest.raises(Killed):
+        fitted(tiny, tmp_path, progress=dies_at(stage, 3))
+    assert torch.equal(logits(tiny), plain)  # nothing stays attached
+    logs = ("completions.jsonl", "dev.jsonl", "frontier.jsonl")
+    before = {name: lines(tmp_path / name) for name in logs}
+    assert any(before.values())
+    energies = tmp_path / "energy/energies.safetensors"
+    trained = energies.stat().st_mtime_ns if energies.exists() else None
+    fitted(tiny, tmp_path)
+    for name in logs:
+        after = lines(tmp_path / name)
+        assert after[: len(before[name])] == before[name]
+        assert len(set(after)) == len(after) == len(lines(whole[1] / name))
+    if trained is not None:
+        assert energies.stat().st_mtime_ns == trained
+    same_result(tmp_path, whole[1])
+
+
+def test_done_already_it_computes_nothing(tiny: Tiny, tmp_path: Path) -> None:
+    fitted(tiny, tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.suffix in (".jsonl", ".safetensors")}
+    with forward_passes(tiny[0]) as passes:
+        fitted(tiny, tmp_path)
+    assert passes == []
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_prompt_more_is_answered_alone(tiny: Tiny, tmp_path: Path) -> None:
+    fitted(tiny, tmp_path)
+    before = lines(tmp_path / "completions.jsonl")
+    fresh = some_prompts(2, start=500)
+    with contextlib.suppress(NothingHelps):
+        fitted(tiny, tmp_path, prompts=TRAIN + fresh)
+    after = lines(tmp_path / "completions.jsonl")
+    assert after[: len(before)] == before
+    assert {json.loads(line)["prompt_id"] for line in after[len(before) :]} == {prompt.id for prompt in fresh}
+
+
+# What depends on what
+
+
+def refit(tiny: Tiny, folder: Path, settings: FitSettings) -> dict[str, bool]:
+    """Fit again with other settings: which files were written anew."""
+    files = ["completions.jsonl", "energy/energies.safetensors", "dev.jsonl", "frontier.jsonl"]
+    before = {name: ((folder / name).stat().st_mtime_ns, (folder / name).read_bytes()) for name in files}
+    with contextlib.suppress(NothingHelps):
+        fitted(tiny, folder, settings=settings)
+    return {
+        Path(name).stem: ((folder / name).stat().st_mtime_ns, (folder / name).read_bytes()) != before[name]
+        for name in files
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "anew"),
+    [
+        ({}, set()),
+        ({"training": {"width": 12}}, {"energies", "frontier"}),
+        ({"seed": 4}, {"energies", "frontier"}),
+        ({"shuffle_outcomes": True}, {"energies", "frontier"}),
+        ({"tuning": {**HELPS, "kl": 5.0}}, {"frontier"}),
+        ({"tuning": {**HELPS, "tokens": 6}}, {"dev", "frontier"}),
+        ({"collect": {"max_new_tokens": 5}}, {"completions", "energies", "dev", "frontier"}),
+        ({"collect": {"system": "Be brief."}}, {"completions", "energies", "dev", "frontier"}),
+    ],
+    ids=str,
+)
+def test_a_changed_setting_redoes_just_what_depends_on_it(
+    change: dict[str, Any], anew: set[str], tiny: Tiny, tmp_path: Path
+) -> None:
+    fitted(tiny, tmp_path)
+    found = refit(tiny, tmp_path, tiny_settings(**{"tuning": HELPS, **change}))
+    # The same answers may come of a longer limit and the same energies of them; what must not change is what counts.
+    assert {name for name, changed in found.items() if changed} <= anew
+    assert ("frontier" in anew) == found["frontier"]
+    if "energies" in anew:
+        assert found["energies"]
+    if "collect" in change:
+        assert found["completions"]
+
+
+def test_a_prompt_rewritten_under_its_old_id_is_answered_anew(tiny: Tiny, tmp_path: Path) -> None:
+    named = [Prompt(p.messages, p.harmful, p.source, id=f"row {at}") for at, p in enumerate(TRAIN)]
+    fitted(tiny, tmp_path, prompts=named)
+    rewritten = [*named[:-1], Prompt.of("WRECK THIS other thing entirely", True, id=named[-1].id)]
+    before = lines(tmp_path / "completions.jsonl")
+    with contextlib.suppress(NothingHelps):
+        fitted(tiny, tmp_path, prompts=rewritten)
+    assert len(lines(tmp_path / "completions.jsonl")) == len(before) + 1
+
+
+def test_two_files_may_use_the_same_ids(tiny: Tiny, tmp_path: Path) -> None:
+    numbered = [Prompt(p.messages, p.harmful, p.source, id=str(at // 2)) for at, p in enumerate(TRAIN)]
+    fitted(tiny, tmp_path, prompts=numbered)
+    rows = rows_of(tmp_path / "completions.jsonl")
+    assert len({row["prompt_id"] for row in rows}) == len(TRAIN)
+
+
+# What is wrong is said, and said first
+
+
+def test_a_folder_in_use_is_left_alone(tiny: Tiny, tmp_path: Path) -> None:
+    with RunFolder(tmp_path).owned(), pytest.raises(RunError, match="Another process is working"):
+        fitted(tiny, tmp_path)
+    assert not (tmp_path / "prompts.jsonl").exists()
+
+
+def test_a_slip_in_the_settings_deletes_nothing(tiny: Tiny, tmp_path: Path) -> None:
+    fitted(tiny, tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(JudgeError, match="no judge called 'ruels'"):
+        fitted(tiny, tmp_path, settings=tiny_settings(collect={"judge": "ruels"}))
+    with pytest.raises(PromptError, match="tokens long"):
+        fitted(tiny, tmp_path, settings=tiny_settings(collect={"system": "x" * 600}))
+    with pytest.raises(PromptError, match="tokens long"):
+        fitted(tiny, tmp_path, dev=[*DEV, Prompt.of("x" * 600, False)])
+    with pytest.raises(PromptError, match="no neutral prompt"):
+        fitted(tiny, tmp_path, neutral=[])
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("harmful", [False, True])
+def test_one_class_missing_is_said(harmful: bool, tiny: Tiny, tmp_path: Path) -> None:
+    only = [prompt for prompt in TRAIN if prompt.harmful == harmful]
+    word = "benign" if harmful else "harmful"
+    for dev in (DEV, None):
+        with pytest.raises(PromptError, match=f"training prompts holds no {word} prompt"):
+            fitted(tiny, tmp_path, prompts=only, dev=dev)
+    with pytest.raises(PromptError, match=f"dev prompts holds no {word} prompt"):
+        fitted(tiny, tmp_path, dev=[prompt for prompt in DEV if prompt.harmful == harmful])
+
+
+class Always(LetterJudge):
+    """Says the same of every answer."""
+
+    label = "compliance"
+
+    def judge(self, prompt: str, completion: str) -> Verdict:
+        return Verdict(self.label, 0.5, "always")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("label", "says"),
+    [
+        ("compliance", "There is nothing to learn: the model refuses 0 of its benign training prompts"),
+        ("refusal", "Too few examples to learn from: helpful 0"),
+        ("unscored", "There is nothing to learn: every answer was empty, repetitive or garbled"),
+    ],
+)
+def test_a_model_without_all_outcomes_teaches_nothing(
+    label: str, says: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Always, "label", label)
+    monkeypatch.setitem(JUDGES, "letters", Always)
+    with pytest.raises(RunError, match=says):
+        fitted(tiny, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kept", "says"), [("compliance", "refuses no benign dev"), ("refusal", "answers no benign dev")]
+)
+def test_dev_prompts_without_both_verdicts_cannot_be_tuned_on(
+    kept: str, says: str, tiny: Tiny, whole: tuple[Landscape, Path], tmp_path: Path
+) -> None:
+    labels = {row["prompt_id"]: row["label"] for row in rows_of(whole[1] / "dev.jsonl")}
+    with pytest.raises(PromptError, match=says):
+        fitted(tiny, tmp_path, dev=[prompt for prompt in DEV if prompt.harmful or labels[prompt.id] == kept])
+
+
+def test_nothing_helps_says_so_and_saves_a_landscape_that_steers_nothing(tiny: Tiny, tmp_path: Path) -> None:
+    impossible = tiny_settings(tuning={**HELPS, "safety_margin": 2.0})
+    with pytest.raises(NothingHelps, match=r"saved with strength 0") as caught:
+        fitted(tiny, tmp_path, settings=impossible)
+    assert caught.value.exit_code == 3
+    found = Landscape.from_pretrained(tmp_path / "landscape")
+    assert found.rule.strength == 0
+    assert found.provenance["dev"]["why_not"] == ["harmful refusals not above the plain model's by the margin"]
+    plain = logits(tiny)
+    with found.attach(*tiny[:1], tokenizer=tiny[1]):
+        assert torch.equal(logits(tiny), plain)
+    assert (tmp_path / "frontier.png").exists()
+    with forward_passes(tiny[0]) as passes, pytest.raises(NothingHelps):
+        fitted(tiny, tmp_path, settings=impossible)
+    assert passes == []
+
+
+def test_damaged_energies_are_told(tiny: Tiny, tmp_path: Path) -> None:
+    fitted(tiny, tmp_path)
+    path = tmp_path / "energy/energies.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(RunError, match=r"energy is damaged: delete it and run the same command again"):
+        fitted(tiny, tmp_path)
+
+
+# Which prompts
+
+
+def test_training_prompts_that_repeat_a_dev_prompt_are_left_out(tiny: Tiny, tmp_path: Path) -> None:
+    copies = [Prompt.of(f"{prompt.text.lower()}!", prompt.harmful, source="copy") for prompt in DEV[:6]]
+    fitted(tiny, tmp_path, prompts=[*TRAIN, *TRAIN[:3], *copies, *DEV[6:9]])
+    rows = rows_of(tmp_path / "prompts.jsonl")
+    assert [row["id"] for row in rows if row["split"] == "train"] == [prompt.id for prompt in TRAIN]
+    with pytest.raises(PromptError, match="Every training prompt nearly repeats a dev prompt"):
+        fitted(tiny, tmp_path, prompts=DEV)
+
+
+def test_without_dev_prompts_a_share_is_set_aside_and_no_family_is_on_both_sides(tiny: Tiny, tmp_path: Path) -> None:
+    families = [
+        Prompt(p.messages, p.harmful, p.source, family=f"family {at // 4}") for at, p in enumerate(some_prompts(160))
+    ]
+    with contextlib.suppress(NothingHelps):
+        fitted(tiny, tmp_path, prompts=families, dev=None)
+    rows = rows_of(tmp_path / "prompts.jsonl")
+    by_split = {name: {row["family"] for row in rows if row["split"] == name} for name in ("train", "dev")}
+    assert not by_split["train"] & by_split["dev"]
+    assert 0.2 < sum(row["split"] == "dev" for row in rows) / len(rows) < 0.4
+    assert len(rows) == len(families)
+
+
+def test_limits_draw_by_seed(tiny: Tiny, tmp_path: Path) -> None:
+    with contextlib.suppress(NothingHelps):
+        fitted(tiny, tmp_path, prompts=some_prompts(160), settings=tiny_settings(limit=80, dev_limit=30, tuning=HELPS))
+    rows = rows_of(tmp_path / "prompts.jsonl")
+    assert sum(row["split"] == "train" for row in rows) == 80
+    assert sum(row["split"] == "dev" for row in rows) == 30
+
+
+# More states, gates, controls
+
+
+def test_states_of_generated_tokens_gates_windows_and_no_guard_go_through(tiny: Tiny, tmp_path: Path) -> None:
+    tuning = {**HELPS, "gates": [None, 0.25], "windows": [0, 2], "steps": [1, 2], "guards": [True, False]}
+    with contextlib.suppress(NothingHelps):
+        fitted(tiny, tmp_path, settings=tiny_settings(collect={"state_tokens": 3}, tuning=tuning))
+    rules = [row["trial"]["rule"] for row in rows_of(tmp_path / "frontier.jsonl")]
+    for name, values in {"gate": {None, 0.25}, "window": {0, 2}, "steps": {1, 2}, "guard": {True, False}}.items():
+        assert {rule[name] for rule in rules} == values
+    assert {round(rule["eta"] * rule["steps"], 6) for rule in rules} == set(HELPS["etas"])
+
+
+def test_the_shuffled_control_steers_by_the_same_rule_on_other_energies(
+    tiny: Tiny, whole: tuple[Landscape, Path]
+) -> None:
+    found, folder = whole
+    gated = found.with_rule(gates=dict.fromkeys(found.rule.layers, 0.0), window=1)
+    control = shuffled_control(folder, gated)
+    assert control.method == "shuffled"
+    assert control.rule == found.with_rule(window=1).rule
+    assert control.fingerprint == found.fingerprint
+    layer = found.rule.layers[-1]
+    assert torch.equal(control.guards[layer], found.guards[layer])
+    assert not torch.equal(control.tensors[layer]["weight"], found.tensors[layer]["weight"])
+    again = shuffled_control(folder, Landscape.from_pretrained(folder / "landscape"))
+    assert torch.equal(again.tensors[layer]["weight"], control.tensors[layer]["weight"])
+    with control.attach(tiny[0], tokenizer=tiny[1]):
+        assert torch.isfinite(logits(tiny)).all()
+
+
+def test_the_shuffled_control_needs_the_run_folder(whole: tuple[Landscape, Path], tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"holds no settings\.yaml"):
+        shuffled_control(tmp_path, whole[0])
+    for name in ("settings.yaml", "prompts.jsonl"):
+        (tmp_path / name).write_bytes((whole[1] / name).read_bytes())
+    with pytest.raises(RunError, match=f"lacks the answers of {len(TRAIN)} training prompts"):
+        shuffled_control(tmp_path, whole[0])
+
+
+def test_shuffling_keeps_each_kinds_verdicts_and_moves_them() -> None:
+    outcomes = ["helpful", "false_refusal"] * 20 + ["jailbreak", "safe_refusal", "safe_refusal"] * 10
+    harmful = [one in ("jailbreak", "safe_refusal") for one in outcomes]
+    found = _shuffled(outcomes, harmful, 0)
+    assert sorted(found[:40]) == sorted(outcomes[:40])
+    assert sorted(found[40:]) == sorted(outcomes[40:])
+    assert found != outcomes
+    assert found == _shuffled(outcomes, harmful, 0)
+    assert found != _shuffled(outcomes, harmful, 1)
+
+
+def test_energies_are_read_as_they_were_saved(tmp_path: Path) -> None:
+    rows: Callable[[int], torch.Tensor] = torch.randn
+    energies = Energies(
+        {0: {"weight": rows(3), "hidden_weights.0": rows(2)}, 11: {"weight": rows(4)}},
+        {0: torch.zeros(5, 1), 11: rows(5)[:, None]},
+        {0: {"all": 0.5}, 11: {"all": 1.0}},
+        {0: 3, 11: 0},
+        {"helpful": 9},
+    )
+    _save_energies(tmp_path / "energy", energies)
+    found = _read_energies(tmp_path / "energy")
+    assert (found.auroc, found.epochs, found.counts) == (energies.auroc, energies.epochs, energies.counts)
+    assert torch.equal(found.tensors[0]["hidden_weights.0"], energies.tensors[0]["hidden_weights.0"])
+    assert torch.equal(found.guards[11], energies.guards[11])
+    assert math.isclose(float(found.guards[0].sum()), 0)

@@ -1,0 +1,52 @@
+"""Settings: read the same from Python, YAML and flags; what makes no sense is refused."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from elsteer.settings import CollectSettings, FitSettings, TrainingSettings, TuningSettings
+
+
+def test_settings_written_as_yaml_are_read_as_they_were() -> None:
+    settings = FitSettings(
+        seed=3, tuning=TuningSettings(gates=(None, 0.5), etas=(0.1,)), training=TrainingSettings(hidden=())
+    )
+    text = yaml.safe_dump(json.loads(settings.model_dump_json()), sort_keys=False)
+    assert FitSettings.model_validate(yaml.safe_load(text)) == settings
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"sed": 1},
+        {"dev_share": 0},
+        {"dev_share": 1},
+        {"limit": 15},
+        {"collect": {"batch_size": 0}},
+        {"collect": {"sytem": "x"}},
+        {"training": {"dropout": 1}},
+        {"training": {"epochs": 0}},
+        {"tuning": {"band_share": 0}},
+        {"tuning": {"finalists": 0}},
+    ],
+)
+def test_what_makes_no_sense_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        FitSettings.model_validate(wrong)
+
+
+def test_settings_cannot_be_changed_by_accident() -> None:
+    with pytest.raises(ValidationError):
+        FitSettings().seed = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("kind", [FitSettings, CollectSettings, TrainingSettings, TuningSettings])
+def test_every_option_says_what_it_does(kind: type[BaseModel]) -> None:
+    for name, field in kind.model_fields.items():
+        nested = isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+        assert nested or (field.description or "").endswith("."), name
