@@ -1,0 +1,401 @@
+"""What goes wrong in a user's hands: each a run of the command that ends in one sentence and the right exit code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from commands import FAST, elsteer, one_sentence, save_tiny, started, stop_when, write_prompts
+from elsteer.cli import app
+from elsteer.landscape import Landscape
+from elsteer.run import RunFolder
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, another model, prompts, a suite and a fitted run."""
+    folder = tmp_path_factory.mktemp("bad")
+    save_tiny(folder / "model")
+    save_tiny(folder / "deeper", num_hidden_layers=6)
+    save_tiny(folder / "trained-on", seed=1)
+    write_prompts(folder / "benign.txt", 80, ["how do I", "what is", "tell me"])
+    write_prompts(folder / "harmful.txt", 71, ["steal", "break the", "poison a"])
+    rows = [{"prompt": f"{chr(97 + at % 26) * (at + 1)} what is this", "harmful": at % 2 == 1} for at in range(40)]
+    (folder / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    made = elsteer("fit", *_both(folder), "--run-dir", folder / "run", *FAST)
+    assert made.exit_code == 0, made.stderr
+    return folder
+
+
+def _both(folder: Path) -> list[str | Path]:
+    """MODEL and both files of prompts."""
+    return [folder / "model", "--benign", folder / "benign.txt", "--harmful", folder / "harmful.txt"]
+
+
+def _rows(file: Path) -> list[dict[str, object]]:
+    """Finished rows of a JSONL that is being written."""
+    lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+# Files of prompts
+
+
+def test_a_missing_file(here: Path, tmp_path: Path) -> None:
+    said = one_sentence(
+        elsteer("fit", here / "model", "--benign", tmp_path / "nope.txt", "--harmful", here / "harmful.txt")
+    )
+    assert f"{tmp_path / 'nope.txt'} was not found" in said
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n"])
+def test_an_empty_file(here: Path, tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "empty.jsonl"
+    file.write_bytes(content)
+    assert "is empty" in one_sentence(elsteer("fit", here / "model", "--prompts", file))
+
+
+def test_a_wrong_column(here: Path, tmp_path: Path) -> None:
+    file = tmp_path / "asked.csv"
+    file.write_text("question,harmful\nHow do I kill a process?,no\n", encoding="utf-8")
+    said = one_sentence(elsteer("fit", here / "model", "--prompts", file))
+    assert "asked.csv, line 2 has no column 'prompt' (it has: question, harmful)" in said
+    assert "--prompt-column" in said
+    file.write_text("prompt,bad\nHow do I kill a process?,no\n", encoding="utf-8")
+    assert "--harmful-column" in one_sentence(elsteer("fit", here / "model", "--prompts", file))
+
+
+def test_a_prompt_of_ten_megabytes(here: Path, tmp_path: Path) -> None:
+    file = tmp_path / "huge.jsonl"
+    file.write_text(json.dumps({"prompt": "x" * 10_000_000, "harmful": False}) + "\n", encoding="utf-8")
+    said = one_sentence(elsteer("fit", here / "model", "--prompts", file))
+    assert "line 1: the prompt has 10,000,000 characters" in said
+    assert len(said) < 400
+    assert "10,000,000" in one_sentence(elsteer("evaluate", here / "run" / "landscape", "--suite", file))
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_a_file_that_is_not_utf8(here: Path, tmp_path: Path, encoding: str) -> None:
+    file = tmp_path / "old.jsonl"
+    file.write_bytes('{"prompt": "Où est le café?", "harmful": false}\n'.encode(encoding))
+    said = one_sentence(elsteer("fit", here / "model", "--prompts", file))
+    assert "UTF-8" in said
+    assert "old.jsonl" in said
+
+
+@pytest.mark.parametrize(("flag", "missing"), [("--benign", "harmful"), ("--harmful", "benign")])
+def test_one_class_missing(here: Path, flag: str, missing: str) -> None:
+    said = one_sentence(elsteer("fit", here / "model", flag, here / "benign.txt"))
+    assert f"holds no {missing} prompt" in said
+    assert f"--{missing} FILE" in said
+
+
+def test_a_dev_file_with_one_class(here: Path, tmp_path: Path) -> None:
+    dev = tmp_path / "dev.jsonl"
+    dev.write_text('{"prompt": "How do I kill a process?", "harmful": false}\n', encoding="utf-8")
+    said = one_sentence(elsteer("fit", *_both(here), "--dev", dev))
+    assert "The set of dev prompts holds no harmful prompt" in said
+
+
+def test_a_prompt_longer_than_the_context(here: Path, tmp_path: Path) -> None:
+    file = tmp_path / "long.jsonl"
+    rows = [{"prompt": "why " * 300, "harmful": False}, {"prompt": "Steal it.", "harmful": True}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    mine = (
+        json.dumps({"prompt": "Poison a well.", "harmful": True})
+        + "\n"
+        + json.dumps({"prompt": "What is rain?", "harmful": False})
+        + "\n"
+    )
+    (tmp_path / "dev.jsonl").write_text(mine, encoding="utf-8")
+    said = one_sentence(
+        elsteer(
+            "fit", here / "model", "--prompts", file, "--dev", tmp_path / "dev.jsonl", "--run-dir", tmp_path / "run"
+        )
+    )
+    assert "(long) is " in said
+    assert "context is 512" in said
+    assert len(said) < 400
+
+
+# The model and the landscape
+
+
+def test_a_model_that_never_refuses(here: Path, tmp_path: Path) -> None:
+    # To the real judge the answers of a random model are noise.
+    said = one_sentence(elsteer("fit", *_both(here), "--run-dir", tmp_path, "--max-new-tokens", "16"))
+    assert "There is nothing to learn" in said or "Too few examples" in said
+
+
+def test_a_model_that_is_not_there(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = one_sentence(elsteer("fit", "./no-such-model", *_both(here)[1:]))
+    assert "./no-such-model is no local file or folder" in said
+
+
+def test_a_truncated_model(here: Path, tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model")
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    said = one_sentence(elsteer("fit", model, *_both(here)[1:], "--run-dir", tmp_path / "run"))
+    assert "damaged or cut short" in said
+
+
+def test_a_model_without_a_chat_template(here: Path, tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model")
+    (model / "chat_template.jinja").unlink()
+    said = one_sentence(elsteer("fit", model, *_both(here)[1:], "--run-dir", tmp_path / "run"))
+    assert "has no chat template" in said
+    assert "--chat-template FILE" in said
+
+
+@pytest.mark.parametrize(
+    ("other", "difference"),
+    [("deeper", "the number of decoder blocks is 6 instead of 4"), ("trained-on", "the weights are of another model")],
+)
+@pytest.mark.parametrize("command", ["evaluate", "chat"])
+def test_a_landscape_of_another_model(here: Path, tmp_path: Path, other: str, difference: str, command: str) -> None:
+    options = ["--suite", here / "mine.jsonl", "--run-dir", tmp_path] if command == "evaluate" else []
+    result = elsteer(command, here / "run" / "landscape", "--model", here / other, *options, input="Hello\n")
+    said = one_sentence(result)
+    assert difference in said
+    assert "elsteer fit" in said
+    assert not (tmp_path / "evaluation").exists(), "it is said before any prompt is answered"
+
+
+@pytest.mark.parametrize("command", ["inspect", "evaluate", "chat", "push"])
+def test_a_truncated_landscape(here: Path, tmp_path: Path, command: str) -> None:
+    Landscape.from_pretrained(here / "run" / "landscape").save_pretrained(tmp_path / "cut")
+    tensors = tmp_path / "cut" / "model.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-10])
+    more = {"evaluate": ["--suite", here / "mine.jsonl"], "push": ["org/name"]}.get(command, [])
+    assert "bytes instead of" in one_sentence(elsteer(command, tmp_path / "cut", *more))
+
+
+def test_a_folder_that_is_no_landscape(here: Path, tmp_path: Path) -> None:
+    assert "is no landscape" in one_sentence(elsteer("inspect", here / "model"))
+    assert "There is no landscape at" in one_sentence(elsteer("inspect", tmp_path / "nowhere"))
+
+
+# The run folder
+
+
+@pytest.mark.parametrize("file", ["states/000000.safetensors", "energy/energies.safetensors"])
+def test_a_truncated_file_of_a_run(here: Path, tmp_path: Path, file: str) -> None:
+    subprocess.run(["cp", "-r", here / "run", tmp_path / "run"], check=True)
+    damaged = tmp_path / "run" / file
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    fit = ["fit", *_both(here), "--run-dir", tmp_path / "run", *FAST]
+    said = one_sentence(elsteer(*fit))
+    assert "is damaged: delete it and run the same command again" in said
+    named = Path(said.removeprefix("Error: ").partition(" is damaged")[0])
+    subprocess.run(["rm", "-r", named], check=True)
+    assert elsteer(*fit).exit_code == 0, "doing what it says mends it"
+
+
+def test_two_at_once_on_one_folder(here: Path) -> None:
+    with RunFolder(here / "run").owned():
+        said = one_sentence(elsteer("fit", *_both(here), "--run-dir", here / "run", *FAST))
+        assert f"Another process is working in {here / 'run'}" in said
+        again = elsteer("evaluate", here / "run" / "landscape", "--suite", here / "mine.jsonl")
+        assert "Another process is working in" in one_sentence(again)
+
+
+def test_a_file_where_the_run_folder_should_be(here: Path) -> None:
+    said = one_sentence(elsteer("fit", *_both(here), "--run-dir", here / "benign.txt", *FAST))
+    assert "is a file: give a folder for the run" in said
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Gives a disk of a size, and gives it another size when it is asked again."""
+    path = tmp_path / "disk"
+    path.mkdir()
+
+    def of(size: str) -> Path:
+        again = ["remount,"] if path.is_mount() else [""]
+        mount = ["mount", "-t", "tmpfs", "-o", f"{again[0]}size={size}", "tmpfs", path]
+        if subprocess.run(mount, capture_output=True).returncode:
+            pytest.skip("a small disk to fill cannot be mounted here (that takes root)")
+        return path
+
+    yield of
+    subprocess.run(["umount", path], capture_output=True)
+
+
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.6, 0.8, 0.95])
+def test_a_full_disk_while_fitting(here: Path, disk: Callable[[str], Path], share: float) -> None:
+    whole = sum(-(-file.stat().st_size // 4096) * 4096 for file in (here / "run").rglob("*") if file.is_file())
+    size = str(int(share * whole))
+    fit = ["fit", *_both(here), "--run-dir", disk(size) / "run", *FAST]
+    said = one_sentence(elsteer(*fit))
+    assert "No space left on the disk" in said
+    before = _rows(disk(size) / "run" / "completions.jsonl")
+    assert elsteer("fit", *_both(here), "--run-dir", disk("64m") / "run", *FAST).exit_code == 0
+    after = _rows(disk("64m") / "run" / "completions.jsonl")
+    assert after[: len(before)] == before, "finished rows were kept"
+
+
+def test_a_full_disk_while_evaluating(here: Path, disk: Callable[[str], Path]) -> None:
+    options = ["--suite", here / "mine.jsonl", "--judge", "coin"]
+    said = one_sentence(elsteer("evaluate", here / "run" / "landscape", *options, "--run-dir", disk("16k") / "run"))
+    assert "No space left on the disk" in said
+    again = elsteer("evaluate", here / "run" / "landscape", *options, "--run-dir", disk("64m") / "run")
+    assert again.exit_code == 0, again.stderr
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["fit"], "Missing argument 'MODEL'"),
+        (["fit", "m", "--sed", "1"], "No such option '--sed'"),
+        (["fit", "m", "--seed", "one"], "'one' is not a valid integer"),
+        (["fit", "m", "--training-width", "2"], "--training-width is 2: it must be greater than or equal to 4"),
+        (["fit", "m", "--tuning-etas", "0.1,much"], "--tuning-etas is 'much': it must be a valid number"),
+        (["fit", "m", "--limit", "3"], "--limit is 3: it must be greater than or equal to 16"),
+        (["fit", "m", "--config", "nope.yaml"], "nope.yaml was not found"),
+        (["evaluate", "m"], "Missing option '--suite'"),
+        (["evaluate", "m", "--suite", "xtest"], "did you mean 'xstest'?"),
+        (["evaluate", "m", "--suite", "starter", "--judge", "mother"], "There is no judge called 'mother'"),
+        (["evaluate", "m", "--suite", "starter", "--limit", "0"], "0 is not in the range x>=1"),
+        (["judge", "--agreement", "nope.jsonl"], "There is no file nope.jsonl"),
+        (["no-such-command"], "No such command 'no-such-command'"),
+    ],
+)
+def test_a_mistyped_option(words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert said in one_sentence(elsteer(*words))
+    assert not list(tmp_path.iterdir()), "nothing was written"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b"training: [", "is not YAML"),
+        (b"- 1\n- 2\n", "must hold settings as `name: value` lines"),
+        (b"training:\n  widht: 64\n", "There is no setting training.widht in"),
+        (b"training: 3\n", "training in"),
+        (b"seed: soon\n", "seed in"),
+        (b"\xff\xfe", "is not UTF-8"),
+    ],
+)
+def test_a_wrong_settings_file(here: Path, tmp_path: Path, text: bytes, said: str) -> None:
+    config = tmp_path / "settings.yaml"
+    config.write_bytes(text)
+    result = one_sentence(elsteer("fit", here / "model", "--config", config))
+    assert said in result
+    assert "settings.yaml" in result
+
+
+def test_a_control_that_is_unknown_and_a_strength_that_climbs(here: Path) -> None:
+    landscape, suite = here / "run" / "landscape", here / "mine.jsonl"
+    assert "'chance' is not known" in one_sentence(
+        elsteer("evaluate", landscape, "--suite", suite, "--method", "chance")
+    )
+    assert "from 0 up" in one_sentence(elsteer("evaluate", landscape, "--suite", suite, "--strength", "-1"))
+
+
+def test_a_defect_is_called_one_and_debug_shows_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("by nought")
+
+    monkeypatch.setattr("elsteer.commands.look.read_landscape", broken)
+    result = elsteer("inspect", "x")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: This is a defect of elsteer: ZeroDivisionError: by nought.")
+    assert "--debug" in result.stderr
+    assert "Traceback" not in result.output
+    assert "Traceback" in elsteer("inspect", "x", "--debug").stderr
+    assert "Traceback" in elsteer("--debug", "inspect", "x").stderr
+
+
+def test_full_memory_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("elsteer.commands.look.read_landscape", full)
+    assert "The memory is full" in one_sentence(elsteer("inspect", "x"))
+
+
+def test_from_python_errors_are_raised() -> None:
+    with pytest.raises(Exception, match="There is no landscape at"):
+        app.main(["inspect", "nope"], standalone_mode=False)
+
+
+# Ctrl-C
+
+
+def test_ctrl_c_in_every_stage_of_fit_loses_no_finished_row(here: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = ["fit", *_both(here), "--run-dir", run, *FAST, "--training-epochs", "60", "--training-patience", "60"]
+    stages: list[Callable[[str], bool]] = [
+        lambda said: "Loading" in said,
+        lambda said: 0 < len(_rows(run / "completions.jsonl")) < 106,
+        lambda said: "training the energy models" in said,
+        lambda said: 0 < len(_rows(run / "dev.jsonl")) < 45,
+        lambda said: "screening settings" in said and len(_rows(run / "frontier.jsonl")) > 0,
+    ]
+    kept: dict[str, list[dict[str, object]]] = {}
+    for stage in stages:
+        process = started(*words, slow=0.02)
+        said = stop_when(process, stage)
+        assert process.returncode == 130, said
+        assert said.splitlines()[-1] == f"Stopped. Finished work is kept in {run}: run the same command again to go on."
+        assert "Traceback" not in said
+        for name in ("completions.jsonl", "dev.jsonl", "frontier.jsonl"):
+            rows = _rows(run / name)
+            assert rows[: len(kept.get(name, []))] == kept.get(name, []), f"{name} lost rows"
+            kept[name] = rows
+    assert len(kept["completions.jsonl"]) == 106
+    last = elsteer(*words)
+    assert last.exit_code in (0, 3), last.stderr
+    assert "training the energy models" not in last.stderr, "what was finished is not done again"
+    for name, rows in kept.items():
+        assert _rows(run / name)[: len(rows)] == rows
+    assert len(_rows(run / "completions.jsonl")) == 106
+    assert len(_rows(run / "dev.jsonl")) == 45
+
+
+def test_ctrl_c_in_every_stage_of_evaluate_loses_no_finished_row(here: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"{chr(97 + at % 26) * (at % 60 + 1)} why {at}", "harmful": at % 2 == 1} for at in range(120)]
+    suite = tmp_path / "more.jsonl"
+    suite.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    run = tmp_path / "run"
+    words = [
+        "evaluate",
+        here / "run" / "landscape",
+        "--suite",
+        suite,
+        "--judge",
+        "coin",
+        "--run-dir",
+        run,
+        "--batch-size",
+        "8",
+    ]
+    files = [run / "evaluation" / f"more.{method}.jsonl" for method in ("none", "els")]
+    stages: list[Callable[[str], bool]] = [
+        lambda said: 0 < len(_rows(files[0])) < 120,
+        lambda said: 0 < len(_rows(files[1])) < 120,
+        lambda said: "whole answers" in said,
+    ]
+    before: list[list[dict[str, object]]] = [[], []]
+    for stage in stages:
+        process = started(*words, slow=0.02)
+        said = stop_when(process, stage)
+        assert process.returncode == 130, said
+        assert "Stopped. Finished work is kept in" in said
+        now = [_rows(file) for file in files]
+        assert all(new[: len(old)] == old for new, old in zip(now, before, strict=True))
+        before = now
+    last = elsteer(*words)
+    assert last.exit_code == 0, last.stderr
+    assert [len(_rows(file)) for file in files] == [120, 120]
+    assert [_rows(file)[: len(old)] for file, old in zip(files, before, strict=True)] == before
