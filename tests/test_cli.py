@@ -173,9 +173,6 @@ def test_without_prompts_the_starter_prompts_are_taken(here: Path, tmp_path: Pat
     assert "Dev prompts: " in result.stderr
 
 
-@pytest.mark.xfail(
-    reason="the guard of a layer whose states are the same for every prompt has no direction", strict=False
-)
 def test_as_many_harmful_prompts_as_benign_ones_are_fine(here: Path, tmp_path: Path) -> None:
     benign, harmful = (
         write_prompts(tmp_path / "b.txt", 64, ["how", "what"]),
@@ -227,7 +224,6 @@ def test_strength_zero_changes_nothing(here: Path, tmp_path: Path) -> None:
     assert said("els") == said("none")
 
 
-@pytest.mark.xfail(reason="the picture before and after needs a scored pair", strict=False)
 def test_a_suite_without_one_scored_answer_is_no_defect(
     here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
