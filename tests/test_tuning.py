@@ -1,0 +1,398 @@
+"""Tuning: the most answers to benign prompts among the settings that break no constraint, and why the others do."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from elsteer import tuning
+from elsteer.completions import Completion, PromptCaches, complete
+from elsteer.evaluation.quality import Quality
+from elsteer.judges import Verdict
+from elsteer.landscape import Landscape
+from elsteer.prompts import Prompt
+from elsteer.settings import TuningSettings
+from elsteer.tuning import Trial, Tuner, bands
+from landscapes import tiny_landscape
+from pipelines import LetterJudge, Tiny, forward_passes, lines, some_prompts, speaker
+
+RULE = {"layers": [1, 2], "eta": 0.1, "steps": 1, "window": 0, "gate": None, "guard": True}
+DEV = some_prompts(24, source="one") + some_prompts(24, start=100, source="two")
+STRICT = TuningSettings(etas=(0.5, 1.0), steps=(1,), windows=(0,), gates=(None,), guards=(True,), tokens=4)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Tiny:
+    return speaker()
+
+
+@pytest.fixture(scope="module")
+def plain(tiny: Tiny) -> list[Completion]:
+    return complete(PromptCaches(*tiny, DEV), LetterJudge(), max_new_tokens=4)
+
+
+def tuner_of(
+    tiny: Tiny,
+    plain: list[Completion],
+    path: Path,
+    settings: TuningSettings = STRICT,
+    kind: type[Tuner] = Tuner,
+    dev: list[Prompt] = DEV,
+    **options: Any,
+) -> Tuner:
+    neutral = PromptCaches(*tiny, [Prompt.of("What time is it?", False), Prompt.of("Sing.", False)])
+    judge = options.pop("judge", LetterJudge())
+    small = tiny_landscape(tiny[0])
+    tensors = {layer: small.tensors[1 + layer % 2] for layer in range(4)}
+    guards = {layer: small.guards[1 + layer % 2] for layer in range(4)}
+    return kind(
+        Landscape(small.rule, tensors, guards, small.fingerprint),
+        PromptCaches(*tiny, dev),
+        plain,
+        neutral,
+        judge,
+        lambda layer, share: share,
+        settings,
+        path / "frontier.jsonl",
+        **options,
+    )
+
+
+class Scripted(Tuner):
+    """Measures nothing: what a rule does is told by `does`, (answered benign, refused harmful, perplexity ratio)."""
+
+    does: Callable[[dict[str, Any]], tuple[float, float, float]]
+
+    def _screened(self, rule: dict[str, Any]) -> Trial:
+        return self._told(rule, "screening")
+
+    def _judged(self, rule: dict[str, Any]) -> Trial:
+        return self._told(rule, "verdicts")
+
+    def _told(self, rule: dict[str, Any], stage: str) -> Trial:
+        answered, refused, _ = self.does(rule)
+        short = refused < 0.5 + self.settings.safety_margin
+        return Trial(rule, stage, answered, refused, 0.5, 0.5, why_not=["margin"] if short else [])
+
+    def _checked(self, trial: Trial) -> Trial:
+        ratio = self.does(trial.rule)[2]
+        why_not = [] if ratio <= self.settings.perplexity_ratio else ["perplexity ratio above its bound"]
+        return replace(trial, stage="quality", perplexity_ratio=ratio, why_not=why_not)
+
+
+def scripted(
+    tiny: Tiny,
+    plain: list[Completion],
+    path: Path,
+    does: Callable[[dict[str, Any]], tuple[float, float, float]],
+    **changes: Any,
+) -> Scripted:
+    settings = TuningSettings.model_validate({**STRICT.model_dump(), "band_share": 0.25, **changes})
+    found = tuner_of(tiny, plain, path, settings, Scripted)
+    assert isinstance(found, Scripted)
+    found.does = does
+    return found
+
+
+AUROCS = {0: 0.5, 1: 0.7, 2: 0.8, 3: 0.7}
+
+
+def whole_way(rule: dict[str, Any]) -> float:
+    return float(rule["eta"] * rule["steps"])
+
+
+# Layers
+
+
+def test_bands_are_contiguous_from_a_quarter_of_the_depth_up() -> None:
+    found = bands(24, dict.fromkeys(range(24), 0.7), 0.33)
+    assert found == [tuple(range(start, start + 8)) for start in (6, 8, 10, 12, 14, 16)]
+
+
+def test_bands_whose_energies_know_nothing_are_left_out() -> None:
+    knows = {layer: 0.75 if layer >= 14 else 0.5 for layer in range(24)}
+    assert bands(24, knows, 0.33) == [tuple(range(start, start + 8)) for start in (10, 12, 14, 16)]
+    assert bands(24, {layer: 0.5 + layer / 1000 for layer in range(24)}, 0.33) == [tuple(range(16, 24))]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4, 5, 24])
+@pytest.mark.parametrize("share", [0.01, 0.33, 0.8, 0.9, 1.0])
+def test_any_share_of_any_depth_gives_a_band(depth: int, share: float) -> None:
+    found = bands(depth, dict.fromkeys(range(depth), 0.7), share)
+    assert found
+    for band in found:
+        assert len(band) == max(1, round(share * depth))
+        assert 0 <= band[0] <= band[-1] < depth
+
+
+# Rows
+
+
+@pytest.mark.parametrize(
+    "trial",
+    [
+        Trial(RULE, "screening", 0.5, 0.25, 0.5, 0.5, why_not=["margin"]),
+        Trial({**RULE, "gate": 0.25}, "quality", 0.1 + 0.2, 1 / 3, 0.5, 0.5, -0.05, 3, 1.01, 0.0, 0.01),
+        Trial(RULE, "verdicts", 0.5, math.nan, 0.5, math.nan, 0.0, 9, math.nan),
+    ],
+)
+def test_a_trial_read_again_is_the_one_that_was_written(trial: Trial) -> None:
+    row = json.loads(json.dumps(trial.to_row(), allow_nan=False))
+    found = Trial.from_row(row)
+    assert repr(replace(found, perplexity_ratio=0)) == repr(replace(trial, perplexity_ratio=0))  # repr: NaN equals NaN
+    assert found.to_row() == trial.to_row()
+
+
+def test_what_was_removed_is_net_and_relative_to_the_false_refusals() -> None:
+    assert Trial(RULE, "verdicts", 0.8, 1, 0.6, 1).removed == pytest.approx(0.5)
+    assert Trial(RULE, "verdicts", 0.4, 1, 0.6, 1).removed == pytest.approx(-0.5)
+    assert Trial(RULE, "verdicts", 1, 1, 1, 1).removed == 0
+
+
+# Constraints
+
+
+def rates(tuner: Tuner, refused: list[float], plain: list[float], scored: np.ndarray[Any, Any] | None = None) -> Trial:
+    """refused, plain: shares of the 24 harmful prompts of source one, of two, and of all benign ones."""
+
+    def spread(shares: list[float]) -> np.ndarray[Any, Any]:
+        found = np.zeros(len(tuner.dev.prompts))
+        groups = [
+            [at for at, p in enumerate(tuner.dev.prompts) if p.harmful and p.source == source]
+            for source in ("one", "two")
+        ]
+        groups.append([at for at, p in enumerate(tuner.dev.prompts) if not p.harmful])
+        for share, group in zip(shares, groups, strict=True):
+            found[group[: round(share * len(group))]] = 1
+        return found
+
+    return tuner._trial(RULE, "verdicts", spread(refused), spread(plain), scored)
+
+
+@pytest.fixture
+def wide(tiny: Tiny, tmp_path: Path) -> Tuner:
+    dev = some_prompts(100, source="one") + some_prompts(100, start=300, source="two")
+    plain = [Completion(p.id, "a", 1, False, "compliance", 0, "") for p in dev]
+    return tuner_of(tiny, plain, tmp_path, dev=dev)
+
+
+def test_harmful_refusals_must_rise_by_the_margin(wide: Tuner) -> None:
+    kept = rates(wide, [0.5, 0.5, 0.1], [0.5, 0.5, 0.4])
+    assert kept.why_not == ["harmful refusals not above the plain model's by the margin"]
+    assert not kept.feasible
+    more = rates(wide, [0.54, 0.5, 0.1], [0.5, 0.5, 0.4])
+    assert more.feasible
+    assert (more.answered_benign, more.plain_answered) == (0.9, 0.6)
+    assert (more.refused_harmful, more.plain_refused) == (0.52, 0.5)
+    assert more.removed == pytest.approx(0.75)
+
+
+def test_rounding_does_not_decide_about_the_margin(wide: Tuner) -> None:
+    for share in range(0, 49, 2):
+        assert rates(wide, [(2 * share + 4) / 100, 0.0, 0.0], [2 * share / 100, 0.0, 0.0]).feasible, share
+
+
+def test_harmful_refusals_must_not_fall_on_one_source(wide: Tuner) -> None:
+    trial = rates(wide, [0.9, 0.44, 0.1], [0.5, 0.5, 0.4])
+    assert trial.why_not == ["harmful refusals fall on one source"]
+    assert trial.worst_source == pytest.approx(-0.06)
+    assert rates(wide, [0.9, 0.46, 0.1], [0.5, 0.5, 0.4]).feasible
+
+
+def test_a_source_of_few_prompts_decides_nothing(tiny: Tiny, plain: list[Completion], tmp_path: Path) -> None:
+    trial = rates(tuner_of(tiny, plain, tmp_path), [1.0, 0.0, 0.0], [0.5, 0.4, 0.0])
+    assert trial.worst_source == 0.0
+    assert trial.feasible
+
+
+def test_where_no_harmful_prompt_was_scored_nothing_is_feasible(wide: Tuner, tmp_path: Path) -> None:
+    """A rate of nothing is NaN, and no comparison with it says no."""
+    trial = rates(wide, [1.0, 1.0, 0.0], [0.5, 0.5, 0.5], ~wide.harmful)
+    assert math.isnan(trial.refused_harmful)
+    assert trial.why_not == ["no prompt of one kind could be scored"]
+    wide._tried(RULE, "verdicts", lambda rule: trial)
+    [line] = lines(tmp_path / "frontier.jsonl")
+    assert json.loads(line, parse_constant=pytest.fail)["trial"]["refused_harmful"] is None
+    fine = rates(wide, [1.0, 1.0, 0.0], [0.5, 0.5, 0.5])
+    assert wide._ranked([trial, fine]) == [fine, trial]
+
+
+class Fussy(LetterJudge):
+    """Cannot score a tenth of the steered answers."""
+
+    calls = 0
+
+    def judge(self, prompt: str, completion: str) -> Verdict:
+        self.calls += 1
+        return Verdict("unscored", 0.5) if self.calls % 10 == 0 else super().judge(prompt, completion)
+
+
+def test_more_unscored_answers_break_a_constraint(tiny: Tiny, plain: list[Completion], tmp_path: Path) -> None:
+    fussy = tuner_of(tiny, plain, tmp_path, judge=Fussy())._judged(RULE)
+    assert fussy.unscored == 4
+    assert "more unscored answers" in fussy.why_not
+    assert "more unscored answers" not in tuner_of(tiny, plain, tmp_path)._judged(RULE).why_not
+
+
+@pytest.mark.parametrize(
+    ("ratio", "steered", "kl", "says"),
+    [
+        (1.0, 0.1, 0.0, []),
+        (1.09, 0.1, 0.0, ["perplexity ratio above its bound"]),
+        (math.nan, 0.1, 0.0, ["perplexity ratio above its bound"]),
+        (1.0, 0.2, 0.0, ["more degenerate answers"]),
+        (1.0, 0.0, 0.05, ["KL above its bound"]),
+        (1.0, 0.0, math.nan, ["KL above its bound"]),
+    ],
+)
+def test_answers_that_got_worse_break_a_constraint(
+    ratio: float,
+    steered: float,
+    kl: float,
+    says: list[str],
+    tiny: Tiny,
+    plain: list[Completion],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tuning, "quality", lambda before, after, ids: Quality(ratio, 0.1, steered, len(ids)))
+    monkeypatch.setattr(tuning, "kl_to_plain", lambda *args, **options: {"a": kl, "b": kl})
+    good = Trial(RULE, "verdicts", 0.9, 0.9, 0.5, 0.5, unscored=2)
+    found = tuner_of(tiny, plain, tmp_path)._quality(good)
+    assert found.why_not == says
+    assert (found.stage, found.unscored, found.degenerate) == ("quality", 2, pytest.approx(steered - 0.1))
+    assert good.why_not == []  # the row of the pass before stays as it was
+    for line in lines(tmp_path / "frontier.jsonl"):
+        json.loads(line, parse_constant=pytest.fail)
+
+
+# Choosing
+
+
+def test_the_most_answers_among_the_safe_settings_win(tiny: Tiny, plain: list[Completion], tmp_path: Path) -> None:
+    def does(rule: dict[str, Any]) -> tuple[float, float, float]:
+        if whole_way(rule) == 2.0:
+            return 0.99, 0.4, 1.0  # answers everything, harmful requests too
+        return 0.5 + whole_way(rule) / 4 + rule["layers"][0] / 100, 0.6, 1.0
+
+    found = scripted(tiny, plain, tmp_path, does, etas=(0.2, 1.0, 2.0)).search(AUROCS)
+    assert found is not None
+    assert (found.rule["layers"], found.rule["eta"], found.stage) == ([3], 1.0, "quality")
+
+
+def test_of_equals_the_safer_one_wins(tiny: Tiny, plain: list[Completion], tmp_path: Path) -> None:
+    def does(rule: dict[str, Any]) -> tuple[float, float, float]:
+        return (0.801, 0.6, 1.0) if whole_way(rule) == 1.0 else (0.799, 0.7, 1.0)
+
+    found = scripted(tiny, plain, tmp_path, does).search(AUROCS)
+    assert found is not None
+    assert found.refused_harmful == 0.7
+
+
+def test_where_the_best_spoils_answers_the_next_is_taken(tiny: Tiny, plain: list[Completion], tmp_path: Path) -> None:
+    def does(rule: dict[str, Any]) -> tuple[float, float, float]:
+        return (0.9, 0.6, 1.5) if whole_way(rule) == 1.0 else (0.7, 0.6, 1.0)
+
+    tuner = scripted(tiny, plain, tmp_path, does)
+    found = tuner.search(AUROCS)
+    assert found is not None
+    assert found.rule["eta"] == 0.5
+    checked = [trial for trial in tuner.trials.values() if trial.stage == "quality"]
+    assert {trial.rule["eta"]: trial.feasible for trial in checked} == {1.0: False, 0.5: True}
+
+
+@pytest.mark.parametrize(("answered", "refused", "ratio"), [(0.9, 0.5, 1.0), (0.5, 0.9, 1.0), (0.9, 0.9, 2.0)])
+def test_unsafe_useless_or_spoiling_settings_are_none(
+    answered: float, refused: float, ratio: float, tiny: Tiny, plain: list[Completion], tmp_path: Path
+) -> None:
+    assert scripted(tiny, plain, tmp_path, lambda rule: (answered, refused, ratio)).search(AUROCS) is None
+
+
+def test_gates_steps_and_windows_are_tried_on_the_best(tiny: Tiny, plain: list[Completion], tmp_path: Path) -> None:
+    def does(rule: dict[str, Any]) -> tuple[float, float, float]:
+        return 0.6 + rule["window"] / 100 + (rule["gate"] or 0) / 10 + rule["layers"][0] / 1000, 0.6, 1.0
+
+    options = {"windows": (0, 3), "gates": (None, 0.25), "steps": (1, 3), "guards": (True, False), "bands": 1}
+    tuner = scripted(tiny, plain, tmp_path, does, **options)
+    found = tuner.search(AUROCS)
+    assert found is not None
+    assert (found.rule["window"], found.rule["gate"], found.rule["layers"]) == (3, 0.25, [3])
+    screened = [trial.rule for trial in tuner.trials.values() if trial.stage == "screening"]
+    fine = [rule for rule in screened if rule["layers"] == [3] and rule["gate"] is None]
+    assert len(fine) == 2 * 2 * 2  # ways, steps, guards
+    assert {round(whole_way(rule), 9) for rule in fine} == {0.5, 1.0}
+    assert sum(rule["gate"] is not None for rule in screened) == 4
+    assert not any(rule["window"] for rule in screened)
+    assert tuner.landscape(found.rule).rule.gates == {3: 0.25}
+
+
+def test_finalists_are_not_all_of_one_band(tiny: Tiny, plain: list[Completion], tmp_path: Path) -> None:
+    def does(rule: dict[str, Any]) -> tuple[float, float, float]:
+        return 0.6 + rule["layers"][0] / 10, 0.6, 1.0
+
+    tuner = scripted(tiny, plain, tmp_path, does, etas=(0.1, 0.2, 0.3, 0.4), finalists=4, bands=2)
+    tuner.search(AUROCS)
+    judged = [tuple(trial.rule["layers"]) for trial in tuner.trials.values() if trial.stage == "verdicts"]
+    assert sorted(judged) == [(2,), (2,), (3,), (3,)]
+
+
+# The frontier
+
+
+def test_started_again_it_reads_the_frontier(tiny: Tiny, plain: list[Completion], tmp_path: Path) -> None:
+    settings = TuningSettings.model_validate(
+        {**STRICT.model_dump(), "safety_margin": -1, "kl": 1e9, "quality_prompts": 4}
+    )
+    first = tuner_of(tiny, plain, tmp_path, settings)
+    chosen = first.search(AUROCS)
+    before = lines(tmp_path / "frontier.jsonl")
+    assert {json.loads(line)["trial"]["stage"] for line in before} >= {"screening", "verdicts"}
+    with forward_passes(tiny[0]) as passes:
+        again = tuner_of(tiny, plain, tmp_path, settings)
+        assert again.search(AUROCS) == chosen
+    assert passes == []
+    assert again.trials == first.trials
+    assert lines(tmp_path / "frontier.jsonl") == before
+
+
+def test_half_a_frontier_is_gone_on_with(tiny: Tiny, plain: list[Completion], tmp_path: Path) -> None:
+    first = tuner_of(tiny, plain, tmp_path)
+    chosen = first.search(AUROCS)
+    path = tmp_path / "frontier.jsonl"
+    before = lines(path)
+    path.write_text("\n".join(before[:2]) + "\n" + before[2][:20])  # the third row was cut by the kill
+    again = tuner_of(tiny, plain, tmp_path)
+    assert again.search(AUROCS) == chosen
+    assert lines(path) == before
+
+
+def test_screening_costs_one_token_and_counts_the_plain_answers_that_begin_so(
+    tiny: Tiny, plain: list[Completion], tmp_path: Path
+) -> None:
+    tuner = tuner_of(tiny, plain, tmp_path)
+    trial = tuner._screened({**RULE, "eta": 1e-9})
+    # Next to no step: each first token is the plain one. The mean over openers is the plain rate itself.
+    benign = ~tuner.harmful
+    labels = np.array([one.label for one in plain])
+    assert trial.answered_benign == trial.plain_answered == pytest.approx((labels[benign] == "compliance").mean())
+    assert trial.refused_harmful == pytest.approx((labels[~benign] == "refusal").mean())
+    with forward_passes(tiny[0]) as passes:
+        tuner._screened({**RULE, "eta": 0.5})
+    assert sum(passes) == len(DEV)
+
+
+def test_trials_do_not_touch_the_model_or_each_other(tiny: Tiny, plain: list[Completion], tmp_path: Path) -> None:
+    tuner = tuner_of(tiny, plain, tmp_path)
+    before = tuner.base.tensors[1]["weight"].clone()
+    one = tuner._judged({**RULE, "eta": 0.5})
+    tuner._judged({**RULE, "eta": 2.0})
+    assert tuner._judged({**RULE, "eta": 0.5}) == one
+    assert torch.equal(tuner.base.tensors[1]["weight"], before)
