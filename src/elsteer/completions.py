@@ -141,9 +141,10 @@ def complete(
 ) -> list[Completion]:
     """Answer the prompts of `caches` greedily, judge the answers, and return them in the prompts' order.
 
-    early_stop: stop a row as soon as the judge's verdict is decided. path: append each batch to this JSONL and skip prompts that it already
-    holds; `extra` fields mark the rows and are what resuming looks for, `describe` adds fields for people. states: capture the prompt's last token and the first
-    state_tokens - 1 generated ones of every block's input. progress(done, total) after each batch.
+    early_stop: stop a row as soon as the judge's verdict is decided. path: append each batch to this JSONL and skip
+    prompts that it already holds; `extra` fields mark the rows and are what resuming looks for, `describe` adds fields for
+    people. states: capture every block's input at the prompt's last token and the first state_tokens - 1 generated ones.
+    progress(done, total) after each batch.
     """
     chosen = list(range(len(caches.prompts))) if places is None else list(places)
     done = _resume(path, extra or {}) if path is not None else {}

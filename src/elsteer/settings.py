@@ -61,7 +61,7 @@ class TuningSettings(_Settings):
     )
     guards: tuple[bool, ...] = Field((True, False), description="Whether the guard is tried on, off or both.")
     tokens: int = Field(24, ge=4, description="Tokens of an answer that tuning looks at most.")
-    finalists: int = Field(6, ge=1, description="Settings that are judged on whole verdicts after the screening.")
+    finalists: int = Field(4, ge=1, description="Settings that are judged on whole verdicts after the screening.")
     safety_margin: float = Field(
         0.02, description="How far harmful refusals on dev must be above the plain model's, as a share of the prompts."
     )

@@ -134,7 +134,8 @@ def evaluate(
         prompts_of = [load_suite(name, data_dir=folder, limit=limit, seed=seed) for name in suites]
         for name, prompts in zip(names, prompts_of, strict=True):
             work.run_suite(name, told_apart(prompts), landscapes)
-        measured = work.measure_quality(landscapes, quality_prompts, quality_tokens) if quality else {}
+        main = {first.method: first}
+        measured = work.measure_quality(main, quality_prompts, quality_tokens) if quality else {}
         return work.report(landscapes, measured, command, split, judge, list(suites), frontier_png)
 
 

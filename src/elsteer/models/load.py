@@ -82,7 +82,6 @@ def load(
     if source.revision is None and (folder := cached_snapshot(source.name, revision)) is not None:
         source = replace(source, revision=folder.name)
     model.elsteer_source = {"name": source.name, "revision": source.revision, "origin": source.origin}
-    model.eval().requires_grad_(False)
     return model, tokenizer
 
 
