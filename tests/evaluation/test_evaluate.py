@@ -1,0 +1,385 @@
+"""`evaluate`: plain against steered on the same prompts; every row is kept, resumed, and never mixed with another's."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from elsteer.errors import LandscapeError, PromptError, RunError
+from elsteer.evaluation.evaluate import Evaluation, evaluate
+from elsteer.judges import JUDGES, Verdict
+from elsteer.landscape import Landscape
+from elsteer.models import encode_chat
+from elsteer.run import RunFolder
+from landscapes import tiny_landscape
+from pipelines import Killed, LetterJudge, Tiny, dies_at, forward_passes, lines, some_prompts, speaker
+
+PROMPTS = some_prompts(40, source="mine")
+
+
+@pytest.fixture(autouse=True)
+def _letters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(JUDGES, "letters", LetterJudge)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Tiny:
+    return speaker()
+
+
+@pytest.fixture(scope="module")
+def landscape(tiny: Tiny) -> Landscape:
+    return tiny_landscape(tiny[0]).with_rule(eta=1.0)
+
+
+@pytest.fixture
+def suite(tmp_path: Path) -> Path:
+    return written(tmp_path / "mine.jsonl")
+
+
+def written(path: Path, prompts: Any = PROMPTS, **more: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {"prompt": p.text, "harmful": p.harmful, "source": p.source, "category": p.category, **more} for p in prompts
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def evaluated(tiny: Tiny, methods: list[Any], suites: list[Path], folder: Path, **options: Any) -> Evaluation:
+    given: dict[str, Any] = {"judge": "letters", "quality_prompts": 6, "quality_tokens": 4, "max_new_tokens": 4}
+    return evaluate(*tiny, methods, [str(one) for one in suites], run_dir=folder, **given | {"batch_size": 8} | options)
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line, parse_constant=pytest.fail) for line in lines(path)]
+
+
+def core(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: row[name] for name in ("prompt_id", "method", "text", "label", "harmful", "prompt", "strength")}
+
+
+# What it finds and leaves behind
+
+
+def test_rows_are_complete_paired_and_on_disk(tiny: Tiny, landscape: Landscape, suite: Path, tmp_path: Path) -> None:
+    found = evaluated(tiny, ["none", landscape, landscape.with_method("random")], [suite], tmp_path / "run")
+    by_method = {name: [row for row in found.rows if row["method"] == name] for name in ("none", "els", "random")}
+    assert len(found.rows) == 3 * len(PROMPTS)
+    for rows in by_method.values():
+        assert [(row["prompt_id"], row["prompt"], row["harmful"]) for row in rows] == [
+            (prompt.id, prompt.text, prompt.harmful) for prompt in PROMPTS
+        ]
+        assert {row["suite"] for row in rows} == {"mine"}
+        assert {(row["source"], row["category"]) for row in rows} == {("mine", "test")}
+        assert all(row["completion"] == row["text"] for row in rows)
+    assert {row["strength"] for row in by_method["none"]} == {0.0}
+    for name, rows in by_method.items():
+        on_disk = rows_of(tmp_path / f"run/evaluation/mine.{name}.jsonl")
+        assert sorted(map(core, on_disk), key=str) == sorted(map(core, rows), key=str)
+    assert [row["text"] for row in by_method["none"]] != [row["text"] for row in by_method["els"]]
+
+
+def test_the_answers_are_those_of_generate(tiny: Tiny, landscape: Landscape, suite: Path, tmp_path: Path) -> None:
+    model, tokenizer = tiny
+    found = evaluated(tiny, [landscape], [suite], tmp_path / "run", quality=False)
+    after = {row["prompt_id"]: row for row in found.rows if row["method"] == "els"}
+    with landscape.attach(model):
+        for prompt in PROMPTS[:5]:
+            ids = torch.tensor([encode_chat(tokenizer, list(prompt.messages))])
+            made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
+            assert (
+                tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True).strip() == after[prompt.id]["text"]
+            )
+
+
+def test_tables_count_the_rows(tiny: Tiny, landscape: Landscape, suite: Path, tmp_path: Path) -> None:
+    found = evaluated(tiny, [landscape], [suite], tmp_path / "run", quality=False)
+    assert found.method == "els"
+    assert set(found.comparisons()) == {"total", "suite", "source", "category"}
+    for table in found.comparisons().values():
+        assert sum(one.pairs for one in table) == len(PROMPTS)
+    labels = {(row["method"], row["prompt_id"]): row["label"] for row in found.rows}
+    for one in found.comparisons("els")["total"]:
+        ids = [prompt.id for prompt in PROMPTS if prompt.harmful == one.harmful]
+        assert one.refused_plain.value == sum(labels["none", at] == "refusal" for at in ids) / len(ids)
+        assert one.refused_steered.value == sum(labels["els", at] == "refusal" for at in ids) / len(ids)
+    assert found.sentence
+
+
+def test_report_pictures_and_a_summary_in_valid_json(
+    tiny: Tiny, landscape: Landscape, suite: Path, tmp_path: Path
+) -> None:
+    found = evaluated(tiny, [landscape], [suite], tmp_path / "run", command="elsteer evaluate it")
+    assert found.report == tmp_path / "run/report.html"
+    page = found.report.read_text(encoding="utf-8")
+    assert "elsteer evaluate it" in page
+    assert page.count("data:image/png;base64,") == 2
+    assert {path.name for path in (tmp_path / "run").glob("*.png")} == {"before_after.png", "landscape_at_layer_2.png"}
+    text = (tmp_path / "run/evaluation/summary.json").read_text()
+    summary = json.loads(text, parse_constant=pytest.fail)
+    benign, harmful = summary["els"]["total"]
+    assert (benign["harmful"], harmful["harmful"]) == (False, True)
+    assert benign["refused_plain"].keys() == {"value", "low", "high", "n"}
+    assert harmful["removed"] is None
+
+
+def test_examples_are_changed_answers_benign_ones_first(
+    tiny: Tiny, landscape: Landscape, suite: Path, tmp_path: Path
+) -> None:
+    found = evaluated(tiny, [landscape], [suite], tmp_path / "run", quality=False)
+    changed = {
+        plain["prompt"]: (plain["label"], after["label"])
+        for plain in found.rows
+        for after in found.rows
+        if plain["method"] == "none" and after["method"] == "els" and plain["prompt_id"] == after["prompt_id"]
+        if plain["label"] != after["label"]
+    }
+    assert changed
+    assert {one.prompt: (one.plain_label, one.steered_label) for one in found.examples}.items() <= changed.items()
+    assert [one.harmful for one in found.examples] == sorted(one.harmful for one in found.examples)
+
+
+def test_quality_is_measured_on_benign_prompts_that_the_plain_model_answers(
+    tiny: Tiny, landscape: Landscape, suite: Path, tmp_path: Path
+) -> None:
+    found = evaluated(tiny, [landscape], [suite], tmp_path / "run")
+    answered = {
+        r["prompt_id"] for r in found.rows if r["method"] == "none" and r["label"] == "compliance" and not r["harmful"]
+    }
+    assert set(found.answers["none"]) == set(found.answers["els"]) <= answered
+    assert found.quality is not None
+    assert found.quality.n == len(found.answers["els"]) == min(6, len(answered))
+    ratio = found.perplexity["els"]
+    assert ratio.low <= ratio.value <= ratio.high
+    assert ratio.value == pytest.approx(found.quality.perplexity_ratio)
+    bare = evaluated(tiny, [landscape], [suite], tmp_path / "run", quality=False)
+    assert bare.quality is None
+
+
+def test_at_strength_0_nothing_differs(tiny: Tiny, landscape: Landscape, suite: Path, tmp_path: Path) -> None:
+    found = evaluated(tiny, [landscape.with_rule(strength=0.0)], [suite], tmp_path / "run")
+    plain, steered = ([r["text"] for r in found.rows if r["method"] == name] for name in ("none", "els"))
+    assert plain == steered
+    assert found.quality is not None
+    assert found.quality.perplexity_ratio == 1.0
+    assert found.examples == []
+
+
+# Resuming
+
+
+@pytest.mark.parametrize("stage", ["mine, plain", "mine, els", "whole answers, plain", "whole answers, els"])
+def test_killed_in_any_part_it_goes_on_without_losing_a_row(
+    stage: str, tiny: Tiny, landscape: Landscape, suite: Path, tmp_path: Path
+) -> None:
+    whole = evaluated(tiny, [landscape], [suite], tmp_path / "whole", quality_prompts=20)
+    folder = tmp_path / "run"
+    call = 1 if "whole" in stage else 3
+    with pytest.raises(Killed):
+        evaluated(tiny, [landscape], [suite], folder, quality_prompts=20, progress=dies_at(stage, call))
+    before = {path.name: lines(path) for path in (folder / "evaluation").glob("*.jsonl")}
+    assert before
+    found = evaluated(tiny, [landscape], [suite], folder, quality_prompts=20)
+    for path in (tmp_path / "whole/evaluation").glob("*.jsonl"):
+        rows = lines(folder / "evaluation" / path.name)
+        kept = before.get(path.name, [])
+        assert rows[: len(kept)] == kept
+        assert len(rows) == len(set(rows)) == len(lines(path))
+    assert list(map(core, found.rows)) == list(map(core, whole.rows))
+    assert found.tables == whole.tables
+    assert found.quality is not None
+    assert whole.quality is not None
+    assert found.quality.perplexity_ratio == pytest.approx(whole.quality.perplexity_ratio)
+
+
+def test_done_already_it_computes_nothing_but_writes_the_report(
+    tiny: Tiny, landscape: Landscape, suite: Path, tmp_path: Path
+) -> None:
+    first = evaluated(tiny, [landscape], [suite], tmp_path / "run")
+    first.report.unlink()
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.jsonl")}
+    with forward_passes(tiny[0]) as passes:
+        again = evaluated(tiny, [landscape], [suite], tmp_path / "run")
+    assert passes == []
+    assert {path: path.read_bytes() for path in before} == before
+    assert again.tables == first.tables
+    assert again.answers == first.answers
+    assert again.report.read_text().count("data:image/png;base64,") == 2
+
+
+def test_a_landscape_read_from_its_folder_finds_its_rows(
+    tiny: Tiny, landscape: Landscape, suite: Path, tmp_path: Path
+) -> None:
+    first = evaluated(tiny, [landscape], [suite], tmp_path / "run")
+    landscape.save_pretrained(tmp_path / "run/landscape")
+    with forward_passes(tiny[0]) as passes:
+        again = evaluated(tiny, [Landscape.from_pretrained(tmp_path / "run/landscape")], [suite], tmp_path / "run")
+    assert passes == []
+    assert again.tables == first.tables
+
+
+def test_another_landscape_in_the_same_folder_gets_rows_of_its_own(
+    tiny: Tiny, landscape: Landscape, suite: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    evaluated(tiny, [landscape], [suite], folder)
+    changed = [
+        landscape.with_rule(eta=2.0),
+        landscape.with_rule(strength=0.5),
+        Landscape(
+            landscape.rule,
+            {at: {**named, "read_out": -named["read_out"] * 1.1} for at, named in landscape.tensors.items()},
+            landscape.guards,
+            landscape.fingerprint,
+        ),
+    ]
+    for number, other in enumerate(changed, start=2):
+        found = evaluated(tiny, [other], [suite], folder)
+        alone = evaluated(tiny, [other], [suite], tmp_path / f"alone {number}")
+        assert list(map(core, found.rows)) == list(map(core, alone.rows))
+        assert found.tables == alone.tables
+        assert found.answers == alone.answers
+        assert len(lines(folder / "evaluation/mine.els.jsonl")) == number * len(PROMPTS)
+        assert len(lines(folder / "evaluation/mine.none.jsonl")) == len(PROMPTS)  # the plain model's are shared
+    back = evaluated(tiny, [landscape], [suite], folder)
+    assert len(lines(folder / "evaluation/mine.els.jsonl")) == 4 * len(PROMPTS)
+    assert list(map(core, back.rows)) == list(map(core, evaluated(tiny, [landscape], [suite], tmp_path / "first").rows))
+
+
+class OtherLetters(LetterJudge):
+    """The other way round."""
+
+    name = "other letters"
+
+    def judge(self, prompt: str, completion: str) -> Verdict:
+        found = super().judge(prompt, completion)
+        return Verdict("refusal" if found.label == "compliance" else "compliance", 0.5)
+
+
+def test_another_judge_or_limit_of_tokens_makes_other_rows(
+    tiny: Tiny, landscape: Landscape, suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(JUDGES, "other letters", OtherLetters)
+    first = evaluated(tiny, [landscape], [suite], tmp_path / "run", quality=False)
+    other = evaluated(tiny, [landscape], [suite], tmp_path / "run", quality=False, judge="other letters")
+    assert all(a["label"] != b["label"] for a, b in zip(first.rows, other.rows, strict=True))
+    longer = evaluated(tiny, [landscape], [suite], tmp_path / "run", quality=False, max_new_tokens=7)
+    assert {row["tokens_at_most"] for row in longer.rows} == {7}
+    assert max(row["tokens"] for row in longer.rows) == 7
+
+
+def test_a_system_prompt_of_the_fit_is_used_and_makes_other_plain_rows(
+    tiny: Tiny, landscape: Landscape, suite: Path, tmp_path: Path
+) -> None:
+    system = {"settings": {"collect": {"system": "YOU WRECK EVERYTHING, ALWAYS, AT ONCE", "thinking": None}}}
+    first = evaluated(tiny, [landscape], [suite], tmp_path / "run", quality=False)
+    told = evaluated(tiny, [landscape.with_provenance(**system)], [suite], tmp_path / "run", quality=False)
+    assert [row["text"] for row in first.rows] != [row["text"] for row in told.rows]
+    plain = next(row for row in told.rows if row["method"] == "none")
+    model, tokenizer = tiny
+    ids = encode_chat(tokenizer, list(PROMPTS[0].messages), system="YOU WRECK EVERYTHING, ALWAYS, AT ONCE")
+    made = model.generate(torch.tensor([ids]), max_new_tokens=4, do_sample=False)
+    assert tokenizer.decode(made[0, len(ids) :], skip_special_tokens=True).strip() == plain["text"]
+
+
+def test_a_prompt_rewritten_under_its_old_id_is_answered_anew(tiny: Tiny, landscape: Landscape, tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    rows = [{"id": f"row {at}", "prompt": p.text, "harmful": p.harmful} for at, p in enumerate(PROMPTS)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    evaluated(tiny, [landscape], [path], tmp_path / "run", quality=False)
+    rows[0]["prompt"] = "Please draw a wholly different picture"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = evaluated(tiny, [landscape], [path], tmp_path / "run", quality=False)
+    alone = evaluated(tiny, [landscape], [path], tmp_path / "alone", quality=False)
+    assert list(map(core, found.rows)) == list(map(core, alone.rows))
+    assert found.rows[0]["prompt_id"].startswith("row 0")
+    assert len(lines(tmp_path / "run/evaluation/mine.none.jsonl")) == len(PROMPTS) + 1
+
+
+def test_a_limit_draws_by_seed_and_a_larger_one_adds_rows(
+    tiny: Tiny, landscape: Landscape, suite: Path, tmp_path: Path
+) -> None:
+    few = evaluated(tiny, [landscape], [suite], tmp_path / "run", limit=10, quality=False)
+    assert len(few.rows) == 20
+    with forward_passes(tiny[0]) as passes:
+        again = evaluated(tiny, [landscape], [suite], tmp_path / "run", limit=10, quality=False)
+    assert [row["prompt_id"] for row in again.rows] == [row["prompt_id"] for row in few.rows]
+    assert passes == []
+    other = evaluated(tiny, [landscape], [suite], tmp_path / "other", limit=10, seed=5, quality=False)
+    assert {row["prompt_id"] for row in other.rows} != {row["prompt_id"] for row in few.rows}
+    evaluated(tiny, [landscape], [suite], tmp_path / "run", quality=False)
+    assert len(lines(tmp_path / "run/evaluation/mine.els.jsonl")) == len(PROMPTS)
+
+
+# Uncommon suites
+
+
+def test_suites_of_one_kind_each_and_unscored_answers(
+    tiny: Tiny, landscape: Landscape, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    benign = written(tmp_path / "benign.jsonl", [prompt for prompt in PROMPTS if not prompt.harmful])
+    harmful = written(tmp_path / "harmful.jsonl", [prompt for prompt in PROMPTS if prompt.harmful])
+    found = evaluated(tiny, [landscape], [benign, harmful], tmp_path / "both")
+    assert [(one.name, one.harmful) for one in found.comparisons()["suite"]] == [("benign", False), ("harmful", True)]
+    only = evaluated(tiny, [landscape], [harmful], tmp_path / "one")
+    assert only.quality is None  # no benign prompt to be answered
+    assert "harmful" in only.sentence.lower()
+
+    class Silent(LetterJudge):
+        name = "silent"
+
+        def judge(self, prompt: str, completion: str) -> Verdict:
+            return Verdict("unscored", 0.5)
+
+    monkeypatch.setitem(JUDGES, "silent", Silent)
+    none = evaluated(tiny, [landscape], [benign, harmful], tmp_path / "none", judge="silent")
+    assert {one.n for one in none.comparisons()["total"]} == {0}
+    assert all(math.isnan(one.difference.value) for one in none.comparisons()["total"])
+    json.loads((tmp_path / "none/evaluation/summary.json").read_text(), parse_constant=pytest.fail)
+    assert none.report.exists()
+
+
+def test_a_landscape_of_the_first_layer_has_no_picture_and_is_evaluated(
+    tiny: Tiny, landscape: Landscape, suite: Path, tmp_path: Path
+) -> None:
+    """There the states of all prompts' last token are one and the same, and span no plane."""
+    rule = landscape.with_rule(layers=(1,)).rule
+    tensors, guards = {0: landscape.tensors[1]}, {0: landscape.guards[1]}
+    first = Landscape(type(rule)((0,), rule.eta, 1, 1), tensors, guards, landscape.fingerprint)
+    found = evaluated(tiny, [first], [suite], tmp_path / "run", quality=False)
+    assert found.report.exists()
+    assert not list((tmp_path / "run").glob("landscape_at*.png"))
+
+
+# What is wrong is said
+
+
+def test_what_cannot_be_evaluated_is_said_before_anything_is_computed(
+    tiny: Tiny, landscape: Landscape, suite: Path, tmp_path: Path
+) -> None:
+    twin = written(tmp_path / "other/mine.jsonl")
+    another = tiny_landscape().with_rule(eta=1.0)
+    another.fingerprint = type(another.fingerprint)(**{**another.fingerprint.to_dict(), "vocab_size": 7})
+    cases: list[tuple[list[Any], list[Path], type[Exception], str]] = [
+        (["none"], [suite], PromptError, "at least one landscape"),
+        ([landscape, landscape], [suite], PromptError, "each method once"),
+        ([landscape, "random"], [suite], PromptError, "'random' is no landscape"),
+        ([landscape], [], PromptError, "at least one suite"),
+        ([landscape], [suite, twin], PromptError, "Two suites are called 'mine'"),
+        ([landscape], [suite, tmp_path / "nowhere.jsonl"], PromptError, "nowhere"),
+        ([another], [suite], LandscapeError, "vocabulary"),
+    ]
+    with forward_passes(tiny[0]) as passes:
+        for methods, suites, kind, says in cases:
+            with pytest.raises(kind, match=says):
+                evaluated(tiny, methods, suites, tmp_path / "run")
+        with RunFolder(tmp_path / "run").owned(), pytest.raises(RunError, match="Another process"):
+            evaluated(tiny, [landscape], [suite], tmp_path / "run")
+    assert passes == []
+    assert not (tmp_path / "run/evaluation").exists()
