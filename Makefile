@@ -38,7 +38,7 @@ format: .venv/.installed-dev
 	@$(PY) -m ruff format .
 
 bench: .venv/.installed
-	@found=no; for file in benchmarks/*.py; do \
+	@found=no; for file in benchmarks/bench_*.py; do \
 	  [ -e "$$file" ] || continue; found=yes; echo "$$file"; $(PY) "$$file" || exit 1; \
 	done; [ $$found = yes ] || echo "There are no benchmarks yet."
 
