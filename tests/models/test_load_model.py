@@ -14,7 +14,7 @@ from huggingface_hub import constants
 from transformers import PreTrainedModel
 
 from elsteer.errors import ModelError
-from elsteer.models import load, source_of
+from elsteer.models import decoder_blocks, fingerprint, load, source_of
 from elsteer.models.hub import hub_problem
 from tiny import tiny_gguf, tiny_model, tiny_tokenizer
 
@@ -238,3 +238,11 @@ def test_nothing_is_sent_in_offline_mode(silent: str, monkeypatch: pytest.Monkey
 
 def test_a_model_that_elsteer_did_not_load_says_what_its_configuration_knows() -> None:
     assert source_of(tiny_model()) == {"name": None, "revision": None, "origin": None}
+
+
+def test_the_path_of_the_blocks_is_said_once_and_holds_everywhere(folder: Path) -> None:
+    model, tokenizer = load(folder, blocks="model.layers")
+    assert decoder_blocks(model) is model.model.layers
+    assert fingerprint(model, tokenizer).num_layers == len(model.model.layers)
+    with pytest.raises(ModelError):
+        load(folder, blocks="model.nowhere")

@@ -80,6 +80,7 @@ def _runs(module: torch.nn.Module) -> bool:
 
 
 def _find(model: PreTrainedModel, path: str | None) -> tuple[str, torch.nn.ModuleList]:
+    path = path or getattr(model, "elsteer_blocks", None)  # said once, when the model was loaded
     if path is not None:
         return path, _named(model, path)
     layers = num_layers(model)
@@ -95,7 +96,7 @@ def _find(model: PreTrainedModel, path: str | None) -> tuple[str, torch.nn.Modul
     what = f"several lists of {layers} blocks with attention" if found else f"no list of {layers} blocks with attention"
     raise ModelError(
         f"The decoder blocks of {type(model).__name__} were not found: {what} among its module lists ({_seen(model)}); "
-        "give the right one by its dotted path, such as decoder_blocks(model, path='model.layers')."
+        "give the right one by its dotted path, such as elsteer.load(..., blocks='model.layers')."
     )
 
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from elsteer.errors import ModelError
 from elsteer.models import mirror
+from elsteer.models.blocks import decoder_blocks
 from elsteer.models.cache import sha256_of, weights_digest
 from elsteer.models.hub import cached_snapshot, hub_problem
 from elsteer.models.reader import quiet_transformers, read_model
@@ -53,8 +54,9 @@ def load(
     device: str | None = None,
     device_map: str | dict[str, Any] | None = None,
     chat_template: str | Path | None = None,
+    blocks: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model in eval mode, without gradients, and its tokenizer, padding on the left.
+    """A causal language model in eval mode and its tokenizer, padding on the left.
 
     name: a local folder, a .gguf file (its weights are unpacked), or a hub id. A hub id is looked for on the hub (its
         cache where the hub does not answer within seconds) and then, for the ids that `elsteer.models.available()`
@@ -64,6 +66,8 @@ def load(
         type on an accelerator.
     device: default cuda where there is one, else cpu. device_map: instead, to spread a model over several devices.
     chat_template: a file with a Jinja chat template, instead of the tokenizer's own.
+
+    blocks: the dotted path of the decoder blocks, for a model whose structure does not show them; kept on the model.
 
     Raises ModelError with all that was tried. `source_of(model)` says where it came from.
     """
@@ -81,6 +85,12 @@ def load(
         tokenizer.pad_token = tokenizer.eos_token
     if source.revision is None and (folder := cached_snapshot(source.name, revision)) is not None:
         source = replace(source, revision=folder.name)
+    # Not frozen: for weights without gradients torch copies the output matrix for every row of a batch (aten::bmm instead of
+    # mm on the last token's logits), which made a forward pass ten times slower.
+    model.eval()
+    if blocks is not None:
+        model.elsteer_blocks = blocks
+        decoder_blocks(model)
     model.elsteer_source = {"name": source.name, "revision": source.revision, "origin": source.origin}
     return model, tokenizer
 
