@@ -130,7 +130,7 @@ def test_auroc_without_one_of_the_kinds_is_unknown() -> None:
 
 
 def test_info_nce_is_the_formula_of_the_text() -> None:
-    settings = FAST.model_copy(update={"across": 0.25, "temperature": 0.5})
+    settings = FAST.model_copy(update={"across": 0.25, "temperature": 0.5, "benign_weight": 3.0})
     energies = torch.randn(8, 1, generator=torch.Generator().manual_seed(0))
     harmful = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1], dtype=torch.bool)
     bad = torch.tensor([0, 0, 1, 1, 0, 0, 1, 1], dtype=torch.bool)
@@ -139,8 +139,10 @@ def test_info_nce_is_the_formula_of_the_text() -> None:
         good = math.exp(-float(energies[i]) / 0.5)
         weight = [1.0 if harmful[i] == harmful[j] else 0.25 for j in range(8)]
         negatives = sum(weight[j] * math.exp(-float(energies[j]) / 0.5) for j in bad.nonzero()[:, 0].tolist())
-        terms.append(-math.log(good / (good + negatives)))
-    assert float(_info_nce(energies, harmful, bad, settings)) == pytest.approx(sum(terms) / len(terms), rel=1e-5)
+        weigh = 1.0 if harmful[i] else 3.0
+        terms.append((weigh, -weigh * math.log(good / (good + negatives))))
+    wanted = sum(term for _, term in terms) / sum(weigh for weigh, _ in terms)
+    assert float(_info_nce(energies, harmful, bad, settings)) == pytest.approx(wanted, rel=1e-5)
     none = settings.model_copy(update={"across": 0.0})
     assert math.isfinite(float(_info_nce(energies, harmful, bad, none)))
 
@@ -178,3 +180,10 @@ def test_the_harm_direction_points_from_benign_to_harmful() -> None:
     direction = harm_direction(states, harmful)
     torch.testing.assert_close(direction.norm(dim=-1), torch.ones(2))
     assert float(direction[:, 1].min()) > 0.95
+
+
+def test_states_that_are_not_finite_are_told() -> None:
+    states, outcomes, groups = synthetic(each=20)
+    states[:, 1] = math.inf
+    with pytest.raises(RunError, match="no finite energies in layer 7: set a lower learning rate"):
+        train(states, outcomes, groups, [4, 7], FAST)
