@@ -57,6 +57,8 @@ def elsteer(*args: str | Path, input: str | None = None) -> Result:
 def started(*args: str | Path, slow: float = 0.0, cwd: Path | None = None) -> subprocess.Popen[str]:
     """The command in a process of its own, with `CoinJudge`; slow: seconds that each of its words takes."""
     script = (
+        # A shell that puts the tests into the background lets its children ignore Ctrl-C: undo that.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "import time, commands\n"
         "class Slow(commands.CoinJudge):\n"
         f"    def judge(self, *a): time.sleep({slow}); return super().judge(*a)\n"
@@ -68,6 +70,7 @@ def started(*args: str | Path, slow: float = 0.0, cwd: Path | None = None) -> su
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path[1:]])
     return subprocess.Popen(
         [sys.executable, "-c", script, *map(str, args)],
+        stdin=subprocess.PIPE,  # open, and nothing comes from it
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

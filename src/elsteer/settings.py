@@ -32,7 +32,7 @@ class TrainingSettings(_Settings):
     temperature: float = Field(0.5, gt=0, description="Temperature of InfoNCE.")
     across: float = Field(0.25, ge=0, le=1, description="Weight of negatives of the other kind of prompt.")
     benign_weight: float = Field(
-        3.0,
+        1.5,
         gt=0,
         description="Weight of the benign half of the loss: above 1 turns spare safety into fewer false refusals.",
     )

@@ -80,7 +80,7 @@ def _runs(module: torch.nn.Module) -> bool:
 
 
 def _find(model: PreTrainedModel, path: str | None) -> tuple[str, torch.nn.ModuleList]:
-    path = path or getattr(model, "elsteer_blocks", None)  # said once, when the model was loaded
+    path = getattr(model, "elsteer_blocks", None) if path is None else path  # said once, when the model was loaded
     if path is not None:
         return path, _named(model, path)
     layers = num_layers(model)
