@@ -24,15 +24,16 @@ from elsteer.errors import NothingHelps
 from elsteer.evaluation.evaluate import Evaluation, evaluate
 from elsteer.evaluation.figures import Figure, figures_markdown, machine, read_figures, write_figures
 from elsteer.evaluation.statistics import Interval, paired_difference, removed, wilson
-from elsteer.fitting import fit, shuffled_control
+from elsteer.fitting import fit
 from elsteer.judges import get_judge
 from elsteer.judges.agreement import agreement
 from elsteer.prompts import Prompt, load_starter, read_prompts, sample
 from elsteer.settings import FitSettings
+from elsteer.training import shuffled_control
 
 MODEL = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
-# Rows of train.jsonl by the start of their source: benign ones that sound harmful first, since false refusals are rare.
-FIT = {"orbench80k": 680, "coconot": 200, "alpaca": 20, "orbench_toxic": 130, "advbench": 110, "do_not_answer": 60}
+# Rows of train.jsonl by the start of their source, about half of them harmful.
+FIT = {"orbench80k": 430, "coconot": 100, "alpaca": 90, "orbench_toxic": 300, "advbench": 160, "do_not_answer": 120}
 ASIDE = {"orbench_toxic": 60, "advbench": 60, "do_not_answer": 60}
 DEV = {"oktest": 150, "orbench_hard": 150, "harmbench": 36, "malicious_instruct": 88}
 SUITES = {"xstest": None, "or-bench-hard": 300, "harmbench": None}

@@ -97,6 +97,7 @@ def speaker(family: str = "qwen2", seed: int = 0) -> Tiny:
     basis = torch.linalg.qr(means.T)[0]
     varying = varying - varying @ basis @ basis.T
     way = torch.linalg.svd(varying, full_matrices=False)[2][0]
+    way = way * way[way.abs().argmax()].sign()  # the sign of a singular vector differs from machine to machine
     with torch.no_grad():
         weight: torch.Tensor = head.weight
         weight.copy_(_letters(weight, way, float(states.norm(dim=-1).mean())))
@@ -135,6 +136,7 @@ def tiny_settings(**changes: Any) -> FitSettings:
             "batch_per_outcome": 8,
             "learning_rate": 0.02,
             "dropout": 0.0,
+            "benign_weights": [1.0],
         },
         "tuning": {
             "etas": [0.3, 0.9],

@@ -158,7 +158,7 @@ def test_settings_in_the_tuning_page_have_the_defaults_that_it_says() -> None:
         f"(`temperature`, {training.temperature})",
         f"`batch_per_outcome` ({training.batch_per_outcome})",
         f"`across` ({training.across})",
-        f"`benign_weight` ({training.benign_weight:g})",
+        f"`benign_weights` ({', '.join(f'{one:g}' for one in training.benign_weights)};",
         f"{settings.gates[1]} (`gates`)",
         f"{settings.windows[0]} and {settings.windows[1]} (`windows`)",
     ):

@@ -14,13 +14,14 @@ import torch
 import yaml
 
 from elsteer.errors import JudgeError, NothingHelps, PromptError, RunError
-from elsteer.fitting import Energies, _read_energies, _save_energies, _shuffled, fit, shuffled_control
+from elsteer.fitting import fit
 from elsteer.judges import JUDGES, Verdict
 from elsteer.landscape import Landscape
 from elsteer.models import encode_chat, left_pad
 from elsteer.prompts import Prompt
 from elsteer.run import RunFolder
 from elsteer.settings import FitSettings
+from elsteer.training import Energies, read_energies, save_energies, shuffled, shuffled_control
 from landscapes import same_landscape
 from pipelines import Killed, LetterJudge, Tiny, dies_at, forward_passes, lines, some_prompts, speaker, tiny_settings
 
@@ -184,7 +185,7 @@ def test_killed_in_any_stage_it_goes_on_without_losing_a_row(
     logs = ("completions.jsonl", "dev.jsonl", "frontier.jsonl")
     before = {name: lines(tmp_path / name) for name in logs}
     assert any(before.values())
-    energies = tmp_path / "energy/energies.safetensors"
+    energies = tmp_path / "energy/1/energies.safetensors"
     trained = energies.stat().st_mtime_ns if energies.exists() else None
     fitted(tiny, tmp_path)
     for name in logs:
@@ -221,7 +222,7 @@ def test_a_prompt_more_is_answered_alone(tiny: Tiny, tmp_path: Path) -> None:
 
 def refit(tiny: Tiny, folder: Path, settings: FitSettings) -> dict[str, bool]:
     """Fit again with other settings: which files were written anew."""
-    files = ["completions.jsonl", "energy/energies.safetensors", "dev.jsonl", "frontier.jsonl"]
+    files = ["completions.jsonl", "energy/1/energies.safetensors", "dev.jsonl", "frontier.jsonl"]
     before = {name: ((folder / name).stat().st_mtime_ns, (folder / name).read_bytes()) for name in files}
     with contextlib.suppress(NothingHelps):
         fitted(tiny, folder, settings=settings)
@@ -366,10 +367,27 @@ def test_nothing_helps_says_so_and_saves_a_landscape_that_steers_nothing(tiny: T
 
 def test_damaged_energies_are_told(tiny: Tiny, tmp_path: Path) -> None:
     fitted(tiny, tmp_path)
-    path = tmp_path / "energy/energies.safetensors"
+    path = tmp_path / "energy/1/energies.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(RunError, match=r"energy is damaged: delete it and run the same command again"):
+    with pytest.raises(RunError, match=r"energy/1 is damaged: delete it and run the same command again"):
         fitted(tiny, tmp_path)
+
+
+def test_one_more_weight_of_the_benign_half_leaves_the_others_as_they_are(tiny: Tiny, tmp_path: Path) -> None:
+    fitted(tiny, tmp_path)
+    first = tmp_path / "energy/1/energies.safetensors"
+    before = (first.stat().st_mtime_ns, first.read_bytes())
+    more = tiny_settings(tuning=HELPS, training={"benign_weights": [1.0, 3.0]})
+    stages: list[str] = []
+    found = fitted(tiny, tmp_path, settings=more, progress=lambda stage, done, total: stages.append(stage))
+    assert (first.stat().st_mtime_ns, first.read_bytes()) == before
+    assert first.read_bytes() != (tmp_path / "energy/3/energies.safetensors").read_bytes()
+    assert {stage for stage in stages if "training the" in stage} == {"training the energy models, benign weight 3"}
+    tried = {row["trial"]["rule"]["benign_weight"] for row in rows_of(tmp_path / "frontier.jsonl")}
+    assert tried == {1.0, 3.0}
+    weight = found.provenance["dev"]["rule"]["benign_weight"]
+    chosen = json.loads((tmp_path / f"energy/{weight:g}/training.json").read_text())
+    assert found.provenance["auroc"] == {int(layer): row for layer, row in chosen["auroc"].items()}
 
 
 # Which prompts
@@ -448,12 +466,12 @@ def test_the_shuffled_control_needs_the_run_folder(whole: tuple[Landscape, Path]
 def test_shuffling_keeps_each_kinds_verdicts_and_moves_them() -> None:
     outcomes = ["helpful", "false_refusal"] * 20 + ["jailbreak", "safe_refusal", "safe_refusal"] * 10
     harmful = [one in ("jailbreak", "safe_refusal") for one in outcomes]
-    found = _shuffled(outcomes, harmful, 0)
+    found = shuffled(outcomes, harmful, 0)
     assert sorted(found[:40]) == sorted(outcomes[:40])
     assert sorted(found[40:]) == sorted(outcomes[40:])
     assert found != outcomes
-    assert found == _shuffled(outcomes, harmful, 0)
-    assert found != _shuffled(outcomes, harmful, 1)
+    assert found == shuffled(outcomes, harmful, 0)
+    assert found != shuffled(outcomes, harmful, 1)
 
 
 def test_energies_are_read_as_they_were_saved(tmp_path: Path) -> None:
@@ -465,8 +483,8 @@ def test_energies_are_read_as_they_were_saved(tmp_path: Path) -> None:
         {0: 3, 11: 0},
         {"helpful": 9},
     )
-    _save_energies(tmp_path / "energy", energies)
-    found = _read_energies(tmp_path / "energy")
+    save_energies(tmp_path / "energy", energies)
+    found = read_energies(tmp_path / "energy")
     assert (found.auroc, found.epochs, found.counts) == (energies.auroc, energies.epochs, energies.counts)
     assert torch.equal(found.tensors[0]["hidden_weights.0"], energies.tensors[0]["hidden_weights.0"])
     assert torch.equal(found.guards[11], energies.guards[11])

@@ -24,8 +24,9 @@ from elsteer.tuning import Trial, Tuner, bands
 from landscapes import tiny_landscape
 from pipelines import LetterJudge, Tiny, forward_passes, lines, some_prompts, speaker
 
-RULE = {"layers": [1, 2], "eta": 0.1, "steps": 1, "window": 0, "gate": None, "guard": True}
+RULE = {"benign_weight": 1.0, "layers": [1, 2], "eta": 0.1, "steps": 1, "window": 0, "gate": None, "guard": True}
 DEV = some_prompts(24, source="one") + some_prompts(24, start=100, source="two")
+DESIRABLE_STATES = torch.randn(20, 4, 32, generator=torch.Generator().manual_seed(5))
 STRICT = TuningSettings(etas=(0.5, 1.0), steps=(1,), windows=(0,), gates=(None,), guards=(True,), tokens=4)
 
 
@@ -54,12 +55,12 @@ def tuner_of(
     tensors = {layer: small.tensors[1 + layer % 2] for layer in range(4)}
     guards = {layer: small.guards[1 + layer % 2] for layer in range(4)}
     return kind(
-        Landscape(small.rule, tensors, guards, small.fingerprint),
+        {1.0: Landscape(small.rule, tensors, guards, small.fingerprint)},
         PromptCaches(*tiny, dev),
         plain,
         neutral,
         judge,
-        lambda layer, share: share,
+        DESIRABLE_STATES,
         settings,
         path / "frontier.jsonl",
         **options,
@@ -102,7 +103,7 @@ def scripted(
     return found
 
 
-AUROCS = {0: 0.5, 1: 0.7, 2: 0.8, 3: 0.7}
+AUROCS = {1.0: {0: 0.5, 1: 0.7, 2: 0.8, 3: 0.7}}
 
 
 def whole_way(rule: dict[str, Any]) -> float:
@@ -327,11 +328,25 @@ def test_gates_steps_and_windows_are_tried_on_the_best(tiny: Tiny, plain: list[C
     assert (found.rule["window"], found.rule["gate"], found.rule["layers"]) == (3, 0.25, [3])
     screened = [trial.rule for trial in tuner.trials.values() if trial.stage == "screening"]
     fine = [rule for rule in screened if rule["layers"] == [3] and rule["gate"] is None]
-    assert len(fine) == 2 * 2 * 2  # ways, steps, guards
+    assert len(fine) == 2 * 2 + 4  # ways and guards; more steps on the best four
+    assert sum(rule["steps"] == 3 for rule in fine) == 4
     assert {round(whole_way(rule), 9) for rule in fine} == {0.5, 1.0}
     assert sum(rule["gate"] is not None for rule in screened) == 4
     assert not any(rule["window"] for rule in screened)
-    assert tuner.landscape(found.rule).rule.gates == {3: 0.25}
+    quarter = tuner.bases[1.0].energy(3, DESIRABLE_STATES[:, 3]).quantile(0.25)
+    assert tuner.landscape(found.rule).rule.gates == {3: pytest.approx(float(quarter))}
+
+
+def test_the_best_weight_of_the_benign_half_is_chosen(tiny: Tiny, plain: list[Completion], tmp_path: Path) -> None:
+    def does(rule: dict[str, Any]) -> tuple[float, float, float]:
+        return 0.5 + rule["benign_weight"] / 10, 0.6 if rule["benign_weight"] < 3 else 0.4, 1.0
+
+    tuner = scripted(tiny, plain, tmp_path, does)
+    tuner.bases = {weight: tuner.bases[1.0].with_rule(eta=weight) for weight in (1.0, 2.0, 4.0)}
+    found = tuner.search(dict.fromkeys(tuner.bases, AUROCS[1.0]))
+    assert found is not None
+    assert found.rule["benign_weight"] == 2.0
+    assert tuner.landscape(found.rule).tensors is tuner.bases[2.0].tensors
 
 
 def test_finalists_are_not_all_of_one_band(tiny: Tiny, plain: list[Completion], tmp_path: Path) -> None:
@@ -389,10 +404,35 @@ def test_screening_costs_one_token_and_counts_the_plain_answers_that_begin_so(
     assert sum(passes) == len(DEV)
 
 
+def test_a_first_token_that_no_plain_answer_begins_with_leaves_the_prompt_as_it_was(
+    tiny: Tiny, plain: list[Completion], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuner = tuner_of(tiny, plain, tmp_path)
+    tuner._first_tokens()
+    monkeypatch.setattr(tuner, "_first", lambda steering: [-1] * len(DEV))
+    trial = tuner._screened(RULE)
+    assert trial.removed == 0
+    assert trial.refused_harmful == trial.plain_refused
+    assert math.isfinite(trial.answered_benign)
+
+
+def test_first_tokens_of_unscored_answers_alone_do_not_count(
+    tiny: Tiny, plain: list[Completion], tmp_path: Path
+) -> None:
+    first = tuner_of(tiny, plain, tmp_path)._first(None)
+    common = max(set(first), key=first.count)
+    odd = [replace(one, label="unscored") if at == common else one for one, at in zip(plain, first, strict=True)]
+    tuner = tuner_of(tiny, odd, tmp_path / "odd")
+    trial = tuner._screened({**RULE, "eta": 1e-9})
+    rows = np.array([at != common for at in first]) & ~tuner.harmful
+    labels = np.array([one.label for one in plain])
+    assert trial.answered_benign == trial.plain_answered == pytest.approx((labels[rows] == "compliance").mean())
+
+
 def test_trials_do_not_touch_the_model_or_each_other(tiny: Tiny, plain: list[Completion], tmp_path: Path) -> None:
     tuner = tuner_of(tiny, plain, tmp_path)
-    before = tuner.base.tensors[1]["weight"].clone()
+    before = tuner.bases[1.0].tensors[1]["weight"].clone()
     one = tuner._judged({**RULE, "eta": 0.5})
     tuner._judged({**RULE, "eta": 2.0})
     assert tuner._judged({**RULE, "eta": 0.5}) == one
-    assert torch.equal(tuner.base.tensors[1]["weight"], before)
+    assert torch.equal(tuner.bases[1.0].tensors[1]["weight"], before)

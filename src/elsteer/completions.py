@@ -6,7 +6,6 @@ killed run goes on where it was.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,9 +23,8 @@ from elsteer.models import context_length, decoder_blocks, encode_chat
 from elsteer.prompts import Prompt
 from elsteer.states import StateStore, watch_states
 
-__all__ = ["Completion", "PromptCaches", "complete", "encode", "end_ids"]
+__all__ = ["Completion", "PromptCaches", "complete", "encode", "end_ids", "read_completions"]
 
-logger = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
 
 
@@ -147,7 +145,7 @@ def complete(
     progress(done, total) after each batch.
     """
     chosen = list(range(len(caches.prompts))) if places is None else list(places)
-    done = _resume(path, extra or {}) if path is not None else {}
+    done = read_completions(path, extra) if path is not None else {}
     if states is not None and done:
         captured = states.ids()
         done = {key: one for key, one in done.items() if key in captured}
@@ -173,9 +171,10 @@ def complete(
     return [done[caches.prompts[place].id] for place in chosen]
 
 
-def _resume(path: Path, extra: dict[str, Any]) -> dict[str, Completion]:
+def read_completions(path: Path, extra: dict[str, Any] | None = None) -> dict[str, Completion]:
+    """What `complete` wrote to `path`, by prompt id; only rows with these `extra` fields. No file gives none."""
     names = Completion.__dataclass_fields__
-    rows = (row for row in read_jsonl(path) if all(row.get(key) == value for key, value in extra.items()))
+    rows = (row for row in read_jsonl(path) if all(row.get(key) == value for key, value in (extra or {}).items()))
     return {row["prompt_id"]: Completion(**{name: row[name] for name in names}) for row in rows}
 
 

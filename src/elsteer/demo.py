@@ -21,7 +21,7 @@ from elsteer.evaluation.statistics import Interval
 from elsteer.files import write_json
 from elsteer.fitting import fit
 from elsteer.landscape import Landscape
-from elsteer.models import load
+from elsteer.models import left_pad, load
 from elsteer.prompts import load_starter
 from elsteer.run import key_of
 from elsteer.settings import FitSettings
@@ -131,10 +131,8 @@ def decode_overhead(
     """
     prompts = [one for one in load_starter("test") if one.category == "plain"][:rows]
     caches = PromptCaches(model, tokenizer, prompts)
-    width = max(len(ids) for ids in caches.ids)
     pad = tokenizer.pad_token_id
-    inputs = torch.tensor([[pad] * (width - len(ids)) + ids for ids in caches.ids], device=model.device)
-    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in caches.ids], device=model.device)
+    inputs, mask = (part.to(model.device) for part in left_pad(caches.ids, pad))
 
     def seconds() -> float:
         start = time.perf_counter()

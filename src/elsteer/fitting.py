@@ -5,33 +5,23 @@ prompts -> completions and states -> outcomes -> energy training -> tuning on de
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import logging
 import math
-import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-import torch
 import yaml
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import elsteer
 from elsteer.completions import Completion, PromptCaches, complete
-from elsteer.energy.model import energy_of
-from elsteer.energy.train import harm_direction, train
-from elsteer.errors import NothingHelps, PromptError, RunError
+from elsteer.errors import NothingHelps, PromptError
 from elsteer.evaluation.plots import frontier_picture
-from elsteer.files import read_jsonl, write_atomic, write_json, write_jsonl
+from elsteer.files import write_atomic, write_jsonl
 from elsteer.judges import DESIRABLE, get_judge, outcome_of
-from elsteer.landscape import Landscape, SteeringRule
-from elsteer.models import Fingerprint, fingerprint, num_layers
+from elsteer.landscape import Landscape
+from elsteer.models import fingerprint, num_layers
 from elsteer.prompts import (
     Prompt,
     deduplicate,
@@ -44,24 +34,13 @@ from elsteer.prompts import (
 from elsteer.run import RunFolder, key_of, told_apart
 from elsteer.settings import FitSettings
 from elsteer.states import StateStore
+from elsteer.training import Energies, train_energies
 from elsteer.tuning import Trial, Tuner
 
-__all__ = ["Energies", "fit", "shuffled_control"]
+__all__ = ["fit"]
 
-logger = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
 DEV_NEUTRAL_CATEGORY = "plain"
-
-
-@dataclass
-class Energies:
-    """Trained energy models and guards of every layer, and their validation AUROC by layer."""
-
-    tensors: dict[int, dict[str, Tensor]]
-    guards: dict[int, Tensor]
-    auroc: dict[int, dict[str, float]]
-    epochs: dict[int, int]
-    counts: dict[str, int]
 
 
 def fit(
@@ -100,13 +79,14 @@ def fit(
         train_caches = _caches(model, tokenizer, train_set, settings, keep_bytes=0)
         dev_caches, neutral_caches = (_caches(model, tokenizer, some, settings) for some in (dev_set, quiet))
         print_of = fingerprint(model, tokenizer, thinking=settings.collect.thinking)
-        base_key = key_of(print_of.to_dict(), settings.collect.model_dump())
+        base_key = key_of(print_of.to_dict(), settings.collect.model_dump(), str(model.dtype))
         _write_inputs(run, settings, train_set, dev_set)
         completions = _collect(run, train_caches, settings, base_key, progress)
-        energies, train_key = _energies(run, train_set, completions, settings, base_key, num_layers(model), progress)
+        depth = num_layers(model)
+        energies, train_key = train_energies(run, train_set, completions, settings, base_key, depth, progress)
         plain = _dev(run, dev_caches, settings, progress)
-        base = _base(energies, print_of)
-        trial, tuner = _tune(run, base, dev_caches, plain, neutral_caches, settings, train_key, energies, progress)
+        bases = {weight: one.landscape(print_of) for weight, one in energies.items()}
+        trial, tuner = _tune(run, bases, dev_caches, plain, neutral_caches, settings, train_key, energies, progress)
         return _finish(run, tuner, trial, energies, settings, command)
 
 
@@ -181,116 +161,6 @@ def _caches(
     )
 
 
-def _energies(
-    run: RunFolder,
-    prompts: list[Prompt],
-    completions: list[Completion],
-    settings: FitSettings,
-    base_key: str,
-    depth: int,
-    progress: Progress | None,
-) -> tuple[Energies, str]:
-    labels = [(one.prompt_id, one.label) for one in completions]
-    key = key_of(base_key, labels, settings.training.model_dump(), settings.seed, settings.shuffle_outcomes)
-    folder = run / "energy"
-    if run.stage("energy", key, ["energy"]) and (folder / "training.json").exists():
-        return _read_energies(folder), key
-    energies = _train(run, prompts, completions, settings, depth, progress, shuffle=settings.shuffle_outcomes)
-    _save_energies(folder, energies)
-    return energies, key
-
-
-def _train(
-    run: RunFolder,
-    prompts: list[Prompt],
-    completions: list[Completion],
-    settings: FitSettings,
-    depth: int,
-    progress: Progress | None,
-    *,
-    shuffle: bool,
-) -> Energies:
-    scored = [
-        (prompt, outcome)
-        for prompt, one in zip(prompts, completions, strict=True)
-        if (outcome := outcome_of(prompt.harmful, one.label)) is not None  # type: ignore[arg-type]
-    ]
-    if not scored:
-        raise RunError(
-            "There is nothing to learn: every answer was empty, repetitive or garbled. Check the model and its chat template."
-        )
-    ids = [prompt.id for prompt, _ in scored]
-    states, counts = StateStore(run / "states").read(ids)
-    outcomes: list[str] = [outcome for _, outcome in scored]
-    harmful = torch.tensor([prompt.harmful for prompt, _ in scored])
-    if shuffle:
-        outcomes = _shuffled(outcomes, harmful.tolist(), settings.seed)
-    real = torch.arange(states.shape[1])[None] < counts[:, None]
-    rows, tokens = real.nonzero(as_tuple=True)
-    groups = [scored[row][0].family or scored[row][0].id for row in rows.tolist()]
-    result = train(
-        states[rows, tokens],
-        [outcomes[row] for row in rows.tolist()],
-        groups,
-        list(range(depth)),
-        settings.training,
-        seed=settings.seed,
-        progress=_told(progress, "training the energy models"),
-    )
-    directions = harm_direction(states[:, 0], harmful)
-    return Energies(
-        {layer: result.models.tensors_of(at) for at, layer in enumerate(result.models.layers)},
-        {layer: directions[layer][:, None] for layer in range(depth)},
-        result.auroc,
-        result.epochs,
-        {name: outcomes.count(name) for name in ("helpful", "false_refusal", "safe_refusal", "jailbreak")},
-    )
-
-
-def _shuffled(outcomes: list[str], harmful: list[bool], seed: int) -> list[str]:
-    """Outcomes shuffled among the benign and among the harmful prompts, so that only the verdicts lose their meaning."""
-    generator = random.Random(seed)
-    shuffled = list(outcomes)
-    for kind in (False, True):
-        places = [at for at, one in enumerate(harmful) if one == kind]
-        order = generator.sample(places, len(places))
-        for to, by in zip(places, order, strict=True):
-            shuffled[to] = outcomes[by]
-    return shuffled
-
-
-def _save_energies(folder: Path, energies: Energies) -> None:
-    tensors = {
-        f"{layer}.{name}": tensor.contiguous()
-        for layer, found in energies.tensors.items()
-        for name, tensor in found.items()
-    }
-    tensors |= {f"{layer}.guard": guard.contiguous() for layer, guard in energies.guards.items()}
-    whole = save(tensors)  # not save_file: a full disk would come as an error of its own, and not as RunError
-    write_atomic(folder / "energies.safetensors", lambda to: to.write_bytes(whole))
-    write_json(
-        folder / "training.json", {"auroc": energies.auroc, "epochs": energies.epochs, "outcomes": energies.counts}
-    )
-
-
-def _read_energies(folder: Path) -> Energies:
-    try:
-        flat = load_file(folder / "energies.safetensors")
-        told = json.loads((folder / "training.json").read_text(encoding="utf-8"))
-        energies = Energies({}, {}, {}, {}, told["outcomes"])
-        energies.auroc = {int(layer): found for layer, found in told["auroc"].items()}
-        energies.epochs = {int(layer): found for layer, found in told["epochs"].items()}
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise RunError(f"{folder} is damaged: delete it and run the same command again to train anew.") from error
-    for name, tensor in flat.items():
-        layer, _, rest = name.partition(".")
-        if rest == "guard":
-            energies.guards[int(layer)] = tensor
-        else:
-            energies.tensors.setdefault(int(layer), {})[rest] = tensor
-    return energies
-
-
 def _dev(run: RunFolder, caches: PromptCaches, settings: FitSettings, progress: Progress | None) -> list[Completion]:
     return complete(
         caches,
@@ -308,37 +178,20 @@ def _neutral(settings: FitSettings) -> list[Prompt]:
     return plain[: settings.tuning.neutral_prompts]
 
 
-def _base(energies: Energies, print_of: Fingerprint) -> Landscape:
-    rule = SteeringRule(
-        layers=tuple(sorted(energies.tensors)),
-        eta=0.1,
-        steps=1,
-        window=0,
-        gates=None,
-        guard=True,
-        strength=1.0,
-    )
-    return Landscape(rule, energies.tensors, _guards(energies), print_of)
-
-
-def _guards(energies: Energies) -> dict[int, Tensor]:
-    """The guards; without any direction where all prompts share one state, as all templates' last tokens do in layer 0."""
-    return {layer: guard[:, guard.norm(dim=0) > 0.5] for layer, guard in energies.guards.items()}
-
-
 def _tune(
     run: RunFolder,
-    base: Landscape,
+    bases: dict[float, Landscape],
     caches: PromptCaches,
     plain: list[Completion],
     neutral: PromptCaches,
     settings: FitSettings,
     train_key: str,
-    energies: Energies,
+    energies: dict[float, Energies],
     progress: Progress | None,
 ) -> tuple[Trial | None, Tuner]:
     labels = [(one.prompt_id, one.label) for one in plain]
-    key = key_of(train_key, labels, [one.id for one in neutral.prompts], settings.tuning.model_dump())
+    weights = settings.training.benign_weights
+    key = key_of(train_key, labels, [one.id for one in neutral.prompts], settings.tuning.model_dump(), weights)
     run.stage("tune", key, ["frontier.jsonl"])
     benign = {one.label for one, prompt in zip(plain, caches.prompts, strict=True) if not prompt.harmful}
     if "refusal" not in benign:
@@ -350,52 +203,41 @@ def _tune(
             "The model answers no benign dev prompt, so that what steering does to its answers cannot be measured: give "
             "dev prompts that it answers, too."
         )
-    gates = _gates(run, energies, caches.prompts, plain)
+    good = [
+        prompt.id
+        for prompt, one in zip(caches.prompts, plain, strict=True)
+        if str(outcome_of(prompt.harmful, one.label)) in DESIRABLE  # type: ignore[arg-type, operator]
+    ]
     tuner = Tuner(
-        base,
+        bases,
         caches,
         plain,
         neutral,
         get_judge(settings.collect.judge),
-        gates,
+        StateStore(run / "dev_states").read(good, tokens=1)[0][:, 0],
         settings.tuning,
         run / "frontier.jsonl",
         progress,
     )
-    mean = {layer: (found["benign"] + found["harmful"]) / 2 for layer, found in energies.auroc.items()}
-    return tuner.search(mean), tuner
-
-
-def _gates(
-    run: RunFolder, energies: Energies, prompts: Sequence[Prompt], plain: Sequence[Completion]
-) -> Callable[[int, float], float]:
-    good = [
-        prompt.id
-        for prompt, one in zip(prompts, plain, strict=True)
-        if str(outcome_of(prompt.harmful, one.label)) in DESIRABLE  # type: ignore[arg-type, operator]
-    ]
-    states = StateStore(run / "dev_states").read(good, tokens=1)[0][:, 0]
-
-    def gate(layer: int, share: float) -> float:
-        tensors = energies.tensors[layer]
-        x = (states[:, layer] - tensors["mean"]) / tensors["scale"]
-        z = torch.nn.functional.linear(x, tensors["weight"], tensors["bias"])
-        return float(energy_of(tensors, z).quantile(share))
-
-    return gate
+    aurocs = {
+        weight: {layer: (found["benign"] + found["harmful"]) / 2 for layer, found in one.auroc.items()}
+        for weight, one in energies.items()
+    }
+    return tuner.search(aurocs), tuner
 
 
 def _finish(
     run: RunFolder,
     tuner: Tuner,
     trial: Trial | None,
-    energies: Energies,
+    energies: dict[float, Energies],
     settings: FitSettings,
     command: str,
 ) -> Landscape:
     _draw_frontier(run, tuner, trial)
     best = trial or max(tuner.trials.values(), key=lambda one: (one.stage != "screening", one.removed))
     landscape = tuner.landscape(best.rule)
+    chosen = energies[best.rule["benign_weight"]]
     if trial is None:
         landscape = landscape.with_rule(strength=0.0)
     landscape = landscape.with_provenance(
@@ -404,8 +246,8 @@ def _finish(
         command=command,
         seed=settings.seed,
         judge=settings.collect.judge,
-        outcomes=energies.counts,
-        auroc=energies.auroc,
+        outcomes=chosen.counts,
+        auroc=chosen.auroc,
         dev={**best.to_row(), "prompts": len(tuner.plain), "benign": int((~tuner.harmful).sum())},
         settings=json.loads(settings.model_dump_json()),
     )
@@ -437,32 +279,3 @@ def _draw_frontier(run: RunFolder, tuner: Tuner, chosen: Trial | None) -> None:
         return
     picture = frontier_picture(points, (judged[0].plain_answered, judged[0].plain_refused), "Settings tried on dev")
     write_atomic(run / "frontier.png", lambda to: to.write_bytes(picture))
-
-
-def shuffled_control(run_dir: str | Path, landscape: Landscape, progress: Progress | None = None) -> Landscape:
-    """The negative control: energy models trained on shuffled outcomes, steering by the same rule (without a gate).
-
-    Reads the run folder that `landscape` was fitted in. Raises RunError where its files are not there.
-    """
-    run = RunFolder(run_dir)
-    if not (run / "settings.yaml").exists():
-        raise RunError(f"{run.path} holds no settings.yaml: give the folder that the landscape was fitted in.")
-    settings = FitSettings.model_validate(yaml.safe_load((run / "settings.yaml").read_text(encoding="utf-8")))
-    prompts = [
-        Prompt.from_row({name: value for name, value in row.items() if name != "split"})
-        for row in read_jsonl(run / "prompts.jsonl")
-        if row["split"] == "train"
-    ]
-    names = Completion.__dataclass_fields__
-    known = {
-        row["prompt_id"]: Completion(**{n: row[n] for n in names}) for row in read_jsonl(run / "completions.jsonl")
-    }
-    if missing := [one.id for one in prompts if one.id not in known]:
-        raise RunError(
-            f"{run.path} lacks the answers of {len(missing)} training prompts: run the fit to its end first."
-        )
-    completions = [known[one.id] for one in prompts]
-    energies = _train(run, prompts, completions, settings, landscape.fingerprint.num_layers, progress, shuffle=True)
-    rule = dataclasses.replace(landscape.rule, gates=None)
-    about = {"settings": landscape.provenance.get("settings", {}), "control": "energies of shuffled outcomes"}
-    return Landscape(rule, energies.tensors, _guards(energies), landscape.fingerprint, about, method="shuffled")

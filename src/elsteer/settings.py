@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import BaseModel, ConfigDict, Field
 
 __all__ = ["CollectSettings", "FitSettings", "TrainingSettings", "TuningSettings"]
@@ -31,10 +33,10 @@ class TrainingSettings(_Settings):
     dropout: float = Field(0.1, ge=0, lt=1, description="Dropout while training, never while steering.")
     temperature: float = Field(0.5, gt=0, description="Temperature of InfoNCE.")
     across: float = Field(0.25, ge=0, le=1, description="Weight of negatives of the other kind of prompt.")
-    benign_weight: float = Field(
-        1.5,
-        gt=0,
-        description="Weight of the benign half of the loss: above 1 turns spare safety into fewer false refusals.",
+    benign_weights: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (1.0, 2.0, 4.0),
+        min_length=1,
+        description="Weights of the benign half of the loss to try: above 1 turns spare safety into fewer false refusals.",
     )
     learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate of AdamW.")
     weight_decay: float = Field(0.05, ge=0, description="Weight decay of AdamW.")
@@ -50,10 +52,14 @@ class TuningSettings(_Settings):
     """Choosing layers, step length, steps, gate and window on the dev prompts, under the constraints."""
 
     etas: tuple[float, ...] = Field(
-        (0.06, 0.12, 0.2, 0.3), description="Lengths of the whole way to try, in RMS state norms."
+        (0.08, 0.14, 0.2, 0.27, 0.35), description="Lengths of the whole way to try, in RMS state norms."
     )
     band_share: float = Field(0.33, gt=0, le=1, description="Width of the layer bands to try, as a share of the depth.")
-    bands: int = Field(2, ge=1, description="Bands that are tried with every other setting, the best of the screening.")
+    bands: int = Field(
+        3,
+        ge=1,
+        description="Bands (each of one benign weight) that are tried with every length, the best of the screening.",
+    )
     steps: tuple[int, ...] = Field((1, 3), description="Numbers of steps K to try; the way is divided among them.")
     windows: tuple[int, ...] = Field((0, 3), description="Numbers of generated tokens to steer.")
     gates: tuple[float | None, ...] = Field(

@@ -1,4 +1,4 @@
-"""Tuning: which layers, step length, steps, gate and window help most on the dev prompts without harm.
+"""Tuning: which energies, layers, step length, steps, gate and window help most on the dev prompts without harm.
 
     maximise    the share of benign dev prompts that are answered
     subject to  harmful refusals at least the plain model's plus a margin (same prompts), on no source much lower;
@@ -13,7 +13,6 @@ start from the same prompt caches. Every trial is a row of the frontier, which i
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from elsteer.completions import Completion, PromptCaches, complete, end_ids
 from elsteer.decoding import decode
@@ -34,7 +34,6 @@ from elsteer.settings import TuningSettings
 
 __all__ = ["Trial", "Tuner", "bands"]
 
-logger = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
 
 
@@ -94,26 +93,27 @@ def bands(depth: int, aurocs: dict[int, float], share: float) -> list[tuple[int,
 
 
 class Tuner:
-    """Tries rules of one landscape on dev prompts.
+    """Tries rules on dev prompts.
 
-    dev: caches of benign and harmful prompts; plain: the plain model's completions of them; neutral: caches of harmless
-    everyday prompts; gates: by layer and quantile, the energies below which a state is left alone.
+    bases: untuned landscapes by weight of the benign half; dev: caches of benign and harmful prompts; plain: the plain
+    model's completions of them; neutral: caches of harmless everyday prompts; desirable: (n, layers, d) states of prompts
+    whose plain answer is as it should be, whose energies' quantiles are the gates.
     """
 
     def __init__(
         self,
-        base: Landscape,
+        bases: dict[float, Landscape],
         dev: PromptCaches,
         plain: Sequence[Completion],
         neutral: PromptCaches,
         judge: Judge,
-        gates: Callable[[int, float], float],
+        desirable: Tensor,
         settings: TuningSettings,
         path: Path,
         progress: Progress | None = None,
     ) -> None:
-        self.base, self.dev, self.neutral, self.judge = base, dev, neutral, judge
-        self.gates, self.settings, self.path, self.progress = gates, settings, path, progress
+        self.bases, self.dev, self.neutral, self.judge = bases, dev, neutral, judge
+        self.desirable, self.settings, self.path, self.progress = desirable, settings, path, progress
         self.plain = list(plain)
         self.harmful = np.array([prompt.harmful for prompt in dev.prompts])
         self.before = np.array([one.label for one in self.plain])
@@ -122,12 +122,12 @@ class Tuner:
         self._plain_answers: dict[str, Answer] = {}
         self._plain_neutral: dict[str, Answer] = {}
 
-    def search(self, aurocs: dict[int, float]) -> Trial | None:
-        """The best trial that breaks no constraint and removes false refusals, or None."""
+    def search(self, aurocs: dict[float, dict[int, float]]) -> Trial | None:
+        """The best trial that breaks no constraint and removes false refusals, or None. aurocs: by weight and layer."""
         coarse = self._screen(self._coarse(aurocs))
         fine = self._screen(self._fine(coarse))
-        gated = self._screen(self._gated(fine))
-        ranked = self._ranked([*fine, *gated])
+        refined = self._screen(self._refined(fine))
+        ranked = self._ranked([*fine, *refined])
         judged = [self._verdicts(trial.rule) for trial in self._spread(ranked)]
         judged += [self._verdicts(rule) for rule in self._around(judged)]
         # Ties within a point go to the safer one: dev is small.
@@ -144,48 +144,60 @@ class Tuner:
 
     # The rules to try
 
-    def _coarse(self, aurocs: dict[int, float]) -> list[dict[str, Any]]:
+    def _coarse(self, aurocs: dict[float, dict[int, float]]) -> list[dict[str, Any]]:
         eta = sorted(self.settings.etas)[len(self.settings.etas) // 2]
         return [
-            self._rule(band, eta, min(self.settings.steps), None, self.settings.guards[0])
-            for band in bands(max(aurocs) + 1, aurocs, self.settings.band_share)
+            self._rule(weight, band, eta, self.settings.guards[0])
+            for weight, found in aurocs.items()
+            for band in bands(max(found) + 1, found, self.settings.band_share)
         ]
 
     def _fine(self, coarse: list[Trial]) -> list[dict[str, Any]]:
-        chosen = [tuple(trial.rule["layers"]) for trial in self._ranked(coarse)][: self.settings.bands]
+        chosen = [(trial.rule["benign_weight"], tuple(trial.rule["layers"])) for trial in self._ranked(coarse)]
         return [
-            self._rule(band, eta, steps, None, guard)
-            for band in chosen
+            self._rule(weight, band, eta, guard)
+            for weight, band in chosen[: self.settings.bands]
             for eta in self.settings.etas
-            for steps in self.settings.steps
             for guard in self.settings.guards
         ]
 
-    def _gated(self, fine: list[Trial]) -> list[dict[str, Any]]:
-        gates = [gate for gate in self.settings.gates if gate is not None]
-        return [{**trial.rule, "gate": gate} for trial in self._ranked(fine)[:4] for gate in gates]
+    def _refined(self, fine: list[Trial]) -> list[dict[str, Any]]:
+        """Gates and more steps for the best settings, one change at a time."""
+        changes: list[dict[str, Any]] = [{"gate": gate} for gate in self.settings.gates if gate is not None]
+        changes += [{"steps": steps} for steps in self.settings.steps if steps != min(self.settings.steps)]
+        found = []
+        for trial in self._ranked(fine)[:4]:
+            way = trial.rule["eta"] * trial.rule["steps"]
+            rules = [{**trial.rule, **change} for change in changes]
+            found += [{**rule, "eta": way / rule["steps"]} for rule in rules]
+        return found
 
     def _around(self, judged: list[Trial]) -> list[dict[str, Any]]:
         """Longer windows for the best settings: the first token alone cannot tell them apart."""
         longer = [window for window in self.settings.windows if window != min(self.settings.windows)]
         return [{**trial.rule, "window": window} for trial in self._ranked(judged)[:2] for window in longer]
 
-    def _rule(self, band: tuple[int, ...], way: float, steps: int, gate: float | None, guard: bool) -> dict[str, Any]:
-        window = min(self.settings.windows)
+    def _rule(self, weight: float, band: tuple[int, ...], way: float, guard: bool) -> dict[str, Any]:
+        steps = min(self.settings.steps)
         return {
+            "benign_weight": weight,
             "layers": list(band),
             "eta": way / steps,
             "steps": steps,
-            "window": window,
-            "gate": gate,
+            "window": min(self.settings.windows),
+            "gate": None,
             "guard": guard,
         }
 
     def landscape(self, rule: dict[str, Any]) -> Landscape:
-        """The base landscape with this rule."""
-        gate = rule["gate"]
-        gates = None if gate is None else {layer: self.gates(layer, gate) for layer in rule["layers"]}
-        return self.base.with_rule(
+        """The landscape of the rule's weight with this rule."""
+        base, share = self.bases[rule["benign_weight"]], rule["gate"]
+        gates = None
+        if share is not None:
+            gates = {
+                layer: float(base.energy(layer, self.desirable[:, layer]).quantile(share)) for layer in rule["layers"]
+            }
+        return base.with_rule(
             layers=tuple(rule["layers"]),
             eta=rule["eta"],
             steps=rule["steps"],
@@ -203,11 +215,11 @@ class Tuner:
         return sorted(trials, key=worth, reverse=True)
 
     def _spread(self, ranked: list[Trial]) -> list[Trial]:
-        """The best few, not all from one band."""
+        """The best few, not all from one band of one energy."""
         taken: list[Trial] = []
-        per_band: Counter[tuple[int, ...]] = Counter()
+        per_band: Counter[tuple[float, ...]] = Counter()
         for trial in ranked:
-            band = tuple(trial.rule["layers"])
+            band = (trial.rule["benign_weight"], *trial.rule["layers"])
             if per_band[band] < max(2, self.settings.finalists // 2) and len(taken) < self.settings.finalists:
                 taken.append(trial)
                 per_band[band] += 1
@@ -237,9 +249,11 @@ class Tuner:
         openers = self._first_tokens()
         with self.landscape(rule).attach(self.dev.model) as steering:
             first = self._first(steering)
-        refused = np.array([openers.get(token, 0.0) for token in first])
-        plain = np.array([openers.get(token, 0.0) for token in self._plain_first])
-        return self._trial(rule, "screening", refused, plain)
+        plain = np.array([openers.get(token, math.nan) for token in self._plain_first])
+        refused = np.array([openers.get(token, math.nan) for token in first])
+        # A first token that no plain answer begins with says nothing: the prompt counts as unchanged.
+        refused = np.where(np.isnan(refused), plain, refused)
+        return self._trial(rule, "screening", refused, plain, ~np.isnan(plain))
 
     def _verdicts(self, rule: dict[str, Any]) -> Trial:
         return self._tried(rule, "verdicts", self._judged)

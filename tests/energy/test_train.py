@@ -130,7 +130,7 @@ def test_auroc_without_one_of_the_kinds_is_unknown() -> None:
 
 
 def test_info_nce_is_the_formula_of_the_text() -> None:
-    settings = FAST.model_copy(update={"across": 0.25, "temperature": 0.5, "benign_weight": 3.0})
+    settings = FAST.model_copy(update={"across": 0.25, "temperature": 0.5})
     energies = torch.randn(8, 1, generator=torch.Generator().manual_seed(0))
     harmful = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1], dtype=torch.bool)
     bad = torch.tensor([0, 0, 1, 1, 0, 0, 1, 1], dtype=torch.bool)
@@ -142,9 +142,9 @@ def test_info_nce_is_the_formula_of_the_text() -> None:
         weigh = 1.0 if harmful[i] else 3.0
         terms.append((weigh, -weigh * math.log(good / (good + negatives))))
     wanted = sum(term for _, term in terms) / sum(weigh for weigh, _ in terms)
-    assert float(_info_nce(energies, harmful, bad, settings)) == pytest.approx(wanted, rel=1e-5)
+    assert float(_info_nce(energies, harmful, bad, settings, 3.0)) == pytest.approx(wanted, rel=1e-5)
     none = settings.model_copy(update={"across": 0.0})
-    assert math.isfinite(float(_info_nce(energies, harmful, bad, none)))
+    assert math.isfinite(float(_info_nce(energies, harmful, bad, none, 3.0)))
 
 
 def test_rows_of_one_group_never_stand_on_both_sides() -> None:

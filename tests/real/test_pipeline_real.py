@@ -13,11 +13,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from elsteer.demo import MODEL, fast_dtype
 from elsteer.errors import NothingHelps
 from elsteer.evaluation.evaluate import Evaluation, evaluate
-from elsteer.fitting import fit, shuffled_control
+from elsteer.fitting import fit
 from elsteer.landscape import Landscape
 from elsteer.models import encode_chat, left_pad, load
 from elsteer.prompts import Prompt, load_starter, sample
 from elsteer.settings import FitSettings
+from elsteer.training import shuffled_control
 from pipelines import forward_passes, lines
 
 pytestmark = pytest.mark.real

@@ -73,6 +73,7 @@ def train(
     layers: list[int],
     settings: TrainingSettings,
     *,
+    benign_weight: float = 1.0,
     seed: int = 0,
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] | None = None,
@@ -101,7 +102,9 @@ def train(
             dropout=settings.dropout,
         ).to(device)
         models.standardise(states[fit_rows])
-        best = _fit(models, states, harmful, undesirable, fit_rows, check_rows, settings, generator, progress)
+        best = _fit(
+            models, states, harmful, undesirable, fit_rows, check_rows, settings, benign_weight, generator, progress
+        )
     return TrainingResult(models, *best, counts)
 
 
@@ -143,6 +146,7 @@ def _fit(
     fit_rows: Tensor,
     check_rows: Tensor,
     settings: TrainingSettings,
+    benign_weight: float,
     generator: torch.Generator,
     progress: Callable[[int, int], None] | None,
 ) -> tuple[dict[int, dict[str, float]], dict[int, int]]:
@@ -164,7 +168,7 @@ def _fit(
         for _ in range(steps):
             rows = torch.cat([_draw(kind, settings.batch_per_outcome, generator) for kind in kinds])
             energies = models(states[rows].to(device))
-            loss = _info_nce(energies, harmful[rows].to(device), undesirable[rows].to(device), settings)
+            loss = _info_nce(energies, harmful[rows].to(device), undesirable[rows].to(device), settings, benign_weight)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             optimiser.step()
@@ -192,13 +196,15 @@ def _fit(
     return scores, {layer: int(best_epoch[at]) for at, layer in enumerate(models.layers)}
 
 
-def _info_nce(energies: Tensor, harmful: Tensor, undesirable: Tensor, settings: TrainingSettings) -> Tensor:
+def _info_nce(
+    energies: Tensor, harmful: Tensor, undesirable: Tensor, settings: TrainingSettings, benign_weight: float
+) -> Tensor:
     logits = -energies / settings.temperature  # (n, L)
     good, bad = logits[~undesirable], logits[undesirable]
     same = harmful[~undesirable][:, None] == harmful[undesirable][None, :]
     weight = torch.where(same, 0.0, math.log(settings.across) if settings.across > 0 else -math.inf)
     negatives = torch.logsumexp(bad[None] + weight[:, :, None], dim=1)  # (positives, L)
-    share = torch.where(harmful[~undesirable], 1.0, settings.benign_weight)
+    share = torch.where(harmful[~undesirable], 1.0, benign_weight)
     return (torch.nn.functional.softplus(negatives - good) * (share / share.mean())[:, None]).mean(dim=0).sum()
 
 

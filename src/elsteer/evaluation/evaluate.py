@@ -1,7 +1,7 @@
 """`evaluate`: plain against steered on the same prompts, every row kept, resumable, with a report.
 
-Files in the run folder: evaluation/NAME.METHOD.jsonl (a row a prompt), evaluation/answers.METHOD.jsonl (full-length
-answers for the quality measures), evaluation/summary.json, report.html.
+Files in the run folder: evaluation/NAME.METHOD.jsonl (a row a prompt), evaluation/answers.NAME.METHOD.KEY.jsonl
+(full-length answers for the quality measures), evaluation/summary.json, report.html.
 """
 
 from __future__ import annotations

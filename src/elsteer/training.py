@@ -1,0 +1,211 @@
+"""The energy models of a fit: trained once for each weight of the benign half, kept in the run folder, read again.
+
+The weight of the benign half sets where between fewer false refusals and more safety the energies stand; which weight is
+best shows only in tuning, so each of `settings.training.benign_weights` gets its own energy models, and `Tuner` chooses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from elsteer.completions import Completion, read_completions
+from elsteer.energy.train import harm_direction, train
+from elsteer.errors import RunError
+from elsteer.files import read_jsonl, write_atomic, write_json
+from elsteer.judges import outcome_of
+from elsteer.landscape import Landscape, SteeringRule
+from elsteer.models import Fingerprint
+from elsteer.prompts import Prompt
+from elsteer.run import RunFolder, key_of
+from elsteer.settings import FitSettings
+from elsteer.states import StateStore
+
+__all__ = ["Energies", "shuffled_control", "train_energies"]
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass
+class Energies:
+    """Trained energy models and guards of every layer, and their validation AUROC by layer."""
+
+    tensors: dict[int, dict[str, Tensor]]
+    guards: dict[int, Tensor]
+    auroc: dict[int, dict[str, float]]
+    epochs: dict[int, int]
+    counts: dict[str, int]
+
+    def landscape(self, print_of: Fingerprint) -> Landscape:
+        """An untuned landscape of these energies, over all layers."""
+        rule = SteeringRule(
+            layers=tuple(sorted(self.tensors)), eta=0.1, steps=1, window=0, gates=None, guard=True, strength=1.0
+        )
+        return Landscape(rule, self.tensors, self.useful_guards(), print_of)
+
+    def useful_guards(self) -> dict[int, Tensor]:
+        """The guards; without any direction where all prompts share one state, as in layer 0 with a fixed template end."""
+        return {layer: guard[:, guard.norm(dim=0) > 0.5] for layer, guard in self.guards.items()}
+
+
+def train_energies(
+    run: RunFolder,
+    prompts: Sequence[Prompt],
+    completions: Sequence[Completion],
+    settings: FitSettings,
+    base_key: str,
+    depth: int,
+    progress: Progress | None = None,
+) -> tuple[dict[float, Energies], str]:
+    """Energies by weight of the benign half, and the key of the stage. What the run folder holds already is read."""
+    labels = [(one.prompt_id, one.label) for one in completions]
+    # Weights are no part of the key: each has a folder of its own, and one more leaves the others as they are.
+    training = settings.training.model_dump(exclude={"benign_weights"})
+    key = key_of(base_key, labels, training, settings.seed, settings.shuffle_outcomes)
+    run.stage("energy", key, ["energy"])
+    found = {}
+    for weight in settings.training.benign_weights:
+        folder = run / f"energy/{weight:g}"
+        if (folder / "training.json").exists():
+            found[weight] = read_energies(folder)
+            continue
+        found[weight] = _train(
+            run, prompts, completions, settings, depth, weight, progress, shuffle=settings.shuffle_outcomes
+        )
+        save_energies(folder, found[weight])
+    return found, key
+
+
+def _train(
+    run: RunFolder,
+    prompts: Sequence[Prompt],
+    completions: Sequence[Completion],
+    settings: FitSettings,
+    depth: int,
+    weight: float,
+    progress: Progress | None,
+    *,
+    shuffle: bool,
+) -> Energies:
+    scored = [
+        (prompt, outcome)
+        for prompt, one in zip(prompts, completions, strict=True)
+        if (outcome := outcome_of(prompt.harmful, one.label)) is not None  # type: ignore[arg-type]
+    ]
+    if not scored:
+        raise RunError(
+            "There is nothing to learn: every answer was empty, repetitive or garbled. Check the model and its chat template."
+        )
+    ids = [prompt.id for prompt, _ in scored]
+    states, counts = StateStore(run / "states").read(ids)
+    outcomes: list[str] = [outcome for _, outcome in scored]
+    harmful = torch.tensor([prompt.harmful for prompt, _ in scored])
+    if shuffle:
+        outcomes = shuffled(outcomes, harmful.tolist(), settings.seed)
+    real = torch.arange(states.shape[1])[None] < counts[:, None]
+    rows, tokens = real.nonzero(as_tuple=True)
+    groups = [scored[row][0].family or scored[row][0].id for row in rows.tolist()]
+    stage = f"training the energy models, benign weight {weight:g}"
+    result = train(
+        states[rows, tokens],
+        [outcomes[row] for row in rows.tolist()],
+        groups,
+        list(range(depth)),
+        settings.training,
+        benign_weight=weight,
+        seed=settings.seed,
+        progress=None if progress is None else lambda done, total: progress(stage, done, total),
+    )
+    directions = harm_direction(states[:, 0], harmful)
+    return Energies(
+        {layer: result.models.tensors_of(at) for at, layer in enumerate(result.models.layers)},
+        {layer: directions[layer][:, None] for layer in range(depth)},
+        result.auroc,
+        result.epochs,
+        {name: outcomes.count(name) for name in ("helpful", "false_refusal", "safe_refusal", "jailbreak")},
+    )
+
+
+def shuffled(outcomes: list[str], harmful: list[bool], seed: int) -> list[str]:
+    """Outcomes shuffled among the benign and among the harmful prompts, so that only the verdicts lose their meaning."""
+    generator = random.Random(seed)
+    found = list(outcomes)
+    for kind in (False, True):
+        places = [at for at, one in enumerate(harmful) if one == kind]
+        order = generator.sample(places, len(places))
+        for to, by in zip(places, order, strict=True):
+            found[to] = outcomes[by]
+    return found
+
+
+def save_energies(folder: Path, energies: Energies) -> None:
+    """Write energies.safetensors and training.json, the latter last: where it is, both are whole."""
+    tensors = {
+        f"{layer}.{name}": tensor.contiguous()
+        for layer, found in energies.tensors.items()
+        for name, tensor in found.items()
+    }
+    tensors |= {f"{layer}.guard": guard.contiguous() for layer, guard in energies.guards.items()}
+    whole = save(tensors)  # not save_file: a full disk would come as an error of its own, and not as RunError
+    write_atomic(folder / "energies.safetensors", lambda to: to.write_bytes(whole))
+    write_json(
+        folder / "training.json", {"auroc": energies.auroc, "epochs": energies.epochs, "outcomes": energies.counts}
+    )
+
+
+def read_energies(folder: Path) -> Energies:
+    """What `save_energies` wrote. Raises RunError where it is damaged."""
+    try:
+        flat = load_file(folder / "energies.safetensors")
+        told = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+        energies = Energies({}, {}, {}, {}, told["outcomes"])
+        energies.auroc = {int(layer): found for layer, found in told["auroc"].items()}
+        energies.epochs = {int(layer): found for layer, found in told["epochs"].items()}
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise RunError(f"{folder} is damaged: delete it and run the same command again to train anew.") from error
+    for name, tensor in flat.items():
+        layer, _, rest = name.partition(".")
+        if rest == "guard":
+            energies.guards[int(layer)] = tensor
+        else:
+            energies.tensors.setdefault(int(layer), {})[rest] = tensor
+    return energies
+
+
+def shuffled_control(run_dir: str | Path, landscape: Landscape, progress: Progress | None = None) -> Landscape:
+    """The negative control: energy models trained on shuffled outcomes, steering by the same rule (without a gate).
+
+    Reads the run folder that `landscape` was fitted in. Raises RunError where its files are not there.
+    """
+    run = RunFolder(run_dir)
+    if not (run / "settings.yaml").exists():
+        raise RunError(f"{run.path} holds no settings.yaml: give the folder that the landscape was fitted in.")
+    settings = FitSettings.model_validate(yaml.safe_load((run / "settings.yaml").read_text(encoding="utf-8")))
+    prompts = [
+        Prompt.from_row({name: value for name, value in row.items() if name != "split"})
+        for row in read_jsonl(run / "prompts.jsonl")
+        if row["split"] == "train"
+    ]
+    known = read_completions(run / "completions.jsonl")
+    if missing := [one.id for one in prompts if one.id not in known]:
+        raise RunError(
+            f"{run.path} lacks the answers of {len(missing)} training prompts: run the fit to its end first."
+        )
+    completions = [known[one.id] for one in prompts]
+    chosen = landscape.provenance.get("dev", {}).get("rule", {})
+    weight = float(chosen.get("benign_weight", settings.training.benign_weights[0]))
+    depth = landscape.fingerprint.num_layers
+    energies = _train(run, prompts, completions, settings, depth, weight, progress, shuffle=True)
+    rule = dataclasses.replace(landscape.rule, gates=None)
+    about = {"settings": landscape.provenance.get("settings", {}), "control": "energies of shuffled outcomes"}
+    return Landscape(rule, energies.tensors, energies.useful_guards(), landscape.fingerprint, about, method="shuffled")
