@@ -10,10 +10,9 @@ Shapes: B rows, P columns of a batch's prompts (left part shared, then pads, the
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from elsteer.models import decoder_of
+from elsteer.models import accepts, decoder_of
 
 __all__ = [
     "STEERED",
@@ -85,7 +84,6 @@ class Decoded:
     tokens: list[list[int]]
     ended: list[bool]
     first_logits: Tensor | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 def share_prefix(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> SharedPrefix:
@@ -255,14 +253,10 @@ def _can_share(model: PreTrainedModel) -> bool:
 def _forward(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Any | None, *, every_logit: bool = False) -> Any:
     positions = (mask.long().cumsum(dim=1) - 1).clamp_min(0)[:, -ids.shape[1] :]
     extra: dict[str, Any] = {} if every_logit else _one_logit(model)
-    if _accepts(model, "position_ids"):
+    if accepts(model, "position_ids"):
         extra["position_ids"] = positions
     return model(input_ids=ids, attention_mask=mask.long(), past_key_values=cache, use_cache=True, **extra)
 
 
 def _one_logit(model: PreTrainedModel) -> dict[str, Any]:
-    return {"logits_to_keep": 1} if _accepts(model, "logits_to_keep") else {}
-
-
-def _accepts(model: PreTrainedModel, name: str) -> bool:
-    return name in inspect.signature(model.forward).parameters
+    return {"logits_to_keep": 1} if accepts(model, "logits_to_keep") else {}

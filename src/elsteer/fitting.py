@@ -19,6 +19,7 @@ from elsteer.completions import Completion, PromptCaches, complete
 from elsteer.errors import NothingHelps, PromptError
 from elsteer.evaluation.plots import frontier_picture
 from elsteer.files import write_atomic, write_jsonl
+from elsteer.glimpse import FirstTokenJudge
 from elsteer.judges import DESIRABLE, get_judge, outcome_of
 from elsteer.landscape import Landscape
 from elsteer.models import fingerprint, num_layers
@@ -82,9 +83,10 @@ def fit(
         base_key = key_of(print_of.to_dict(), settings.collect.model_dump(), str(model.dtype))
         _write_inputs(run, settings, train_set, dev_set)
         completions = _collect(run, train_caches, settings, base_key, progress)
+        plain = _dev(run, dev_caches, settings, progress)
+        completions = _glimpse(run, train_caches, completions, plain, settings, base_key, progress)
         depth = num_layers(model)
         energies, train_key = train_energies(run, train_set, completions, settings, base_key, depth, progress)
-        plain = _dev(run, dev_caches, settings, progress)
         bases = {weight: one.landscape(print_of) for weight, one in energies.items()}
         trial, tuner = _tune(run, bases, dev_caches, plain, neutral_caches, settings, train_key, energies, progress)
         return _finish(run, tuner, trial, energies, settings, command)
@@ -129,16 +131,52 @@ def _collect(
     run: RunFolder, caches: PromptCaches, settings: FitSettings, key: str, progress: Progress | None
 ) -> list[Completion]:
     collect = settings.collect
-    run.stage("collect", key, ["completions.jsonl", "states", "dev.jsonl", "dev_states"])
+    run.stage("collect", key, ["completions.jsonl", "glimpses.jsonl", "states", "dev.jsonl", "dev_states"])
     return complete(
         caches,
         get_judge(collect.judge),
         max_new_tokens=collect.max_new_tokens,
+        places=_in_full(caches.prompts, settings),
         path=run / "completions.jsonl",
         states=StateStore(run / "states"),
         state_tokens=collect.state_tokens,
         progress=_told(progress, "answering the training prompts"),
     )
+
+
+def _in_full(prompts: Sequence[Prompt], settings: FitSettings) -> list[int]:
+    """Places of the prompts that are answered in full."""
+    chosen = {one.id for one in sample(list(prompts), settings.collect.full_answers, settings.seed)}
+    return [place for place, one in enumerate(prompts) if one.id in chosen]
+
+
+def _glimpse(
+    run: RunFolder,
+    caches: PromptCaches,
+    completions: list[Completion],
+    plain: list[Completion],
+    settings: FitSettings,
+    base_key: str,
+    progress: Progress | None,
+) -> list[Completion]:
+    """`completions` and the verdicts that the first token tells of the other training prompts, in the prompts' order."""
+    found = {one.prompt_id: one for one in completions}
+    places = [place for place, one in enumerate(caches.prompts) if one.id not in found]
+    if places:
+        judge = FirstTokenJudge.learn(caches.tokenizer, [*completions, *plain])
+        run.stage("glimpse", key_of(base_key, sorted(judge.sure.items())), ["glimpses.jsonl"])
+        glimpsed = complete(
+            caches,
+            judge,
+            max_new_tokens=1,
+            places=places,
+            path=run / "glimpses.jsonl",
+            states=StateStore(run / "states"),
+            state_tokens=settings.collect.state_tokens,
+            progress=_told(progress, "first tokens of more training prompts"),
+        )
+        found |= {one.prompt_id: one for one in glimpsed}
+    return [found[one.id] for one in caches.prompts]
 
 
 def _caches(

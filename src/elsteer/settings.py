@@ -20,6 +20,11 @@ class CollectSettings(_Settings):
     thinking: bool | None = Field(None, description="Thinking mode, for chat templates that have one.")
     batch_size: int = Field(32, ge=1, description="Prompts answered at a time.")
     max_new_tokens: int = Field(48, ge=4, description="Tokens of an answer that the judge sees at most.")
+    full_answers: int = Field(
+        1000,
+        ge=16,
+        description="Training prompts answered in full at most; of the others one token, which mostly tells the verdict.",
+    )
     state_tokens: int = Field(1, ge=1, description="States per prompt: its last token and the first generated ones.")
     judge: str = Field("rules", description="Who says whether an answer refuses.")
 
@@ -34,7 +39,7 @@ class TrainingSettings(_Settings):
     temperature: float = Field(0.5, gt=0, description="Temperature of InfoNCE.")
     across: float = Field(0.25, ge=0, le=1, description="Weight of negatives of the other kind of prompt.")
     benign_weights: tuple[Annotated[float, Field(gt=0)], ...] = Field(
-        (1.0, 2.0, 4.0),
+        (1.0, 3.0, 6.0, 10.0),
         min_length=1,
         description="Weights of the benign half of the loss to try: above 1 turns spare safety into fewer false refusals.",
     )
@@ -52,7 +57,7 @@ class TuningSettings(_Settings):
     """Choosing layers, step length, steps, gate and window on the dev prompts, under the constraints."""
 
     etas: tuple[float, ...] = Field(
-        (0.08, 0.14, 0.2, 0.27, 0.35), description="Lengths of the whole way to try, in RMS state norms."
+        (0.1, 0.17, 0.25, 0.35, 0.5), description="Lengths of the whole way to try, in RMS state norms."
     )
     band_share: float = Field(0.33, gt=0, le=1, description="Width of the layer bands to try, as a share of the depth.")
     bands: int = Field(
@@ -65,7 +70,7 @@ class TuningSettings(_Settings):
     gates: tuple[float | None, ...] = Field(
         (None, 0.25), description="Gates to try: quantiles of the energies of desirable states, none for no gate."
     )
-    guards: tuple[bool, ...] = Field((True, False), description="Whether the guard is tried on, off or both.")
+    guards: tuple[bool, ...] = Field((False, True), description="Whether the guard is tried on, off or both.")
     tokens: int = Field(24, ge=4, description="Tokens of an answer that tuning looks at most.")
     finalists: int = Field(4, ge=1, description="Settings that are judged on whole verdicts after the screening.")
     safety_margin: float = Field(

@@ -196,7 +196,7 @@ def shuffled_control(run_dir: str | Path, landscape: Landscape, progress: Progre
         for row in read_jsonl(run / "prompts.jsonl")
         if row["split"] == "train"
     ]
-    known = read_completions(run / "completions.jsonl")
+    known = read_completions(run / "glimpses.jsonl") | read_completions(run / "completions.jsonl")
     if missing := [one.id for one in prompts if one.id not in known]:
         raise RunError(
             f"{run.path} lacks the answers of {len(missing)} training prompts: run the fit to its end first."

@@ -1,6 +1,14 @@
 """Models: loading them, their decoder blocks, their chats as token ids, and their fingerprint."""
 
-from elsteer.models.blocks import blocks_path, decoder_blocks, decoder_of, hidden_size, named_inputs, num_layers
+from elsteer.models.blocks import (
+    accepts,
+    blocks_path,
+    decoder_blocks,
+    decoder_of,
+    hidden_size,
+    named_inputs,
+    num_layers,
+)
 from elsteer.models.cache import elsteer_cache
 from elsteer.models.chat import context_length, effective_thinking, encode_chat, left_pad, render_chat, template_hash
 from elsteer.models.fingerprint import Fingerprint, differences, fingerprint
@@ -11,6 +19,7 @@ __all__ = [
     "MIRRORS",
     "Fingerprint",
     "Mirror",
+    "accepts",
     "available",
     "blocks_path",
     "context_length",

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from elsteer.errors import ModelError
 
-__all__ = ["blocks_path", "decoder_blocks", "decoder_of", "hidden_size", "named_inputs", "num_layers"]
+__all__ = ["accepts", "blocks_path", "decoder_blocks", "decoder_of", "hidden_size", "named_inputs", "num_layers"]
 
 
 def num_layers(model: PreTrainedModel) -> int:
@@ -67,6 +67,11 @@ def named_inputs(decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[s
         return kwargs
     names = _parameters(type(decoder).forward)
     return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def accepts(model: PreTrainedModel, name: str) -> bool:
+    """Whether the model's forward has an argument of that name."""
+    return name in _parameters(type(model).forward)
 
 
 @functools.cache
