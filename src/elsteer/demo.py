@@ -79,10 +79,10 @@ def demo(
             progress=progress,
             command="elsteer demo",
         )
-    except NothingHelps:
+    except NothingHelps as error:
         landscape = Landscape.from_pretrained(run_dir / "landscape")
-        _evaluate(llm, tokenizer, landscape, run_dir, progress)
-        raise
+        plain = _evaluate(llm, tokenizer, landscape, run_dir, progress)
+        raise NothingHelps(f"{error} What the plain model does is in {plain.report}.") from error
     timings["fitting"] = time.perf_counter() - start
     start = time.perf_counter()
     found = _evaluate(llm, tokenizer, landscape, run_dir, progress)
