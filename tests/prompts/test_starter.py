@@ -38,7 +38,7 @@ HAZARDS = {
     "privacy_invasion",
     "self_harm_and_danger",
 }
-SHARES = {"train": 0.55, "dev": 0.20, "test": 0.25}
+LEAST = {"train": 20, "dev": 8, "test": 8}
 NEAR = 0.7
 
 DATA = Path(os.environ.get("ELSTEER_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data") / "prompts"
@@ -94,13 +94,14 @@ def test_harmful_is_said_of_the_harmful_kind_alone() -> None:
     assert all(row["harmful"] == (row["kind"] == "harmful") for row in ROWS)
 
 
-def test_each_cell_is_split_about_55_20_25() -> None:
+def test_each_cell_has_enough_in_every_split() -> None:
     cells: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
     for row in ROWS:
         cells[row["kind"], row["category"]][row["split"]] += 1
     for cell, count in cells.items():
-        for split, share in SHARES.items():
-            assert count[split] / count.total() == pytest.approx(share, abs=0.06), (cell, split)
+        for split, least in LEAST.items():
+            assert count[split] >= least, (cell, split)
+        assert count["train"] > max(count["dev"], count["test"]), cell
 
 
 def test_a_family_stands_in_one_split_only() -> None:
