@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/main_figures.py --data-dir DATA
 
-DATA holds prompts/train.jsonl, dev.jsonl, test.jsonl (see docs/evaluation.md) and judge/*.jsonl. Fitted on 4,870 rows of
+DATA holds prompts/train.jsonl, dev.jsonl, test.jsonl (see docs/evaluation.md) and judge/*.jsonl. Fitted on 1,200 rows of
 train.jsonl, drawn by source and seed, and the starter prompts of the train split (contrast pairs); tuned on dev rows, the
 starter prompts of the dev split and harmful rows of train.jsonl set aside from those; reported on test rows that
 nothing was chosen by. Killed and started again, it goes on where it was.
@@ -33,7 +33,7 @@ from elsteer.training import shuffled_control
 
 MODEL = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
 # Rows of train.jsonl by the start of their source, about half of them harmful.
-FIT = {"orbench80k": 2200, "coconot": 400, "alpaca": 250, "orbench_toxic": 1500, "advbench": 360, "do_not_answer": 160}
+FIT = {"orbench80k": 580, "coconot": 100, "alpaca": 20, "orbench_toxic": 350, "advbench": 100, "do_not_answer": 50}
 ASIDE = {"orbench_toxic": 60, "advbench": 60, "do_not_answer": 60}
 DEV = {"oktest": 150, "orbench_hard": 150, "harmbench": 36, "malicious_instruct": 88}
 SUITES = {"xstest": None, "or-bench-hard": 300, "harmbench": None}

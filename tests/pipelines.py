@@ -148,6 +148,7 @@ def tiny_settings(**changes: Any) -> FitSettings:
             "band_share": 0.5,
             "finalists": 2,
             "tokens": 4,
+            "least_removed": -10.0,
             "safety_margin": -1.0,
             "worst_source": -1.0,
             "perplexity_ratio": 1e9,

@@ -310,6 +310,35 @@ def test_where_the_best_spoils_answers_the_next_is_taken(tiny: Tiny, plain: list
     assert {trial.rule["eta"]: trial.feasible for trial in checked} == {1.0: False, 0.5: True}
 
 
+def test_what_spoils_answers_is_tried_again_with_a_shorter_way(
+    tiny: Tiny, plain: list[Completion], tmp_path: Path
+) -> None:
+    def does(rule: dict[str, Any]) -> tuple[float, float, float]:
+        way = whole_way(rule)
+        return 0.6 + way / 10, 0.6, 1.0 if way < 0.3 else 1.5
+
+    tuner = scripted(tiny, plain, tmp_path, does, etas=(0.5,))
+    found = tuner.search(AUROCS)
+    assert found is not None
+    assert found.rule["eta"] == pytest.approx(0.5 * 0.75**2)
+    ways = {trial.rule["eta"] for trial in tuner.trials.values() if trial.stage == "verdicts"}
+    assert ways == {0.5, pytest.approx(0.375), pytest.approx(0.28125)}
+
+
+def test_it_is_not_shortened_for_ever(tiny: Tiny, plain: list[Completion], tmp_path: Path) -> None:
+    tuner = scripted(tiny, plain, tmp_path, lambda rule: (0.9, 0.6, 1.5), etas=(0.5,), finalists=2)
+    assert tuner.search(AUROCS) is None
+    assert sum(trial.stage == "verdicts" for trial in tuner.trials.values()) == 2 + 2
+
+
+def test_settings_must_remove_more_than_least_removed(tiny: Tiny, plain: list[Completion], tmp_path: Path) -> None:
+    def does(rule: dict[str, Any]) -> tuple[float, float, float]:
+        return 0.6, 0.6, 1.0
+
+    assert scripted(tiny, plain, tmp_path / "a", does, least_removed=0.2).search(AUROCS) is None
+    assert scripted(tiny, plain, tmp_path / "b", does, least_removed=0.1).search(AUROCS) is not None
+
+
 @pytest.mark.parametrize(("answered", "refused", "ratio"), [(0.9, 0.5, 1.0), (0.5, 0.9, 1.0), (0.9, 0.9, 2.0)])
 def test_unsafe_useless_or_spoiling_settings_are_none(
     answered: float, refused: float, ratio: float, tiny: Tiny, plain: list[Completion], tmp_path: Path

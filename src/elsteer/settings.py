@@ -73,6 +73,9 @@ class TuningSettings(_Settings):
     guards: tuple[bool, ...] = Field((False, True), description="Whether the guard is tried on, off or both.")
     tokens: int = Field(24, ge=4, description="Tokens of an answer that tuning looks at most.")
     finalists: int = Field(4, ge=1, description="Settings that are judged on whole verdicts after the screening.")
+    least_removed: float = Field(
+        0.0, description="Share of the false refusals on dev that must go: settings with no more are not taken."
+    )
     safety_margin: float = Field(
         0.02, description="How far harmful refusals on dev must be above the plain model's, as a share of the prompts."
     )

@@ -6,8 +6,9 @@
 
 Three passes, each over fewer settings. Screening looks at the first generated token alone: the plain model's own answers
 say how likely a refusal is after each first token, and one token costs a twentieth of a verdict. The best settings then
-get whole verdicts. The best of those that keep safety get the quality measures, in order, until one passes. All trials
-start from the same prompt caches. Every trial is a row of the frontier, which is kept; a resumed run reads it again.
+get whole verdicts. The best of those that keep safety get the quality measures, in order, until one passes; one that
+fails is tried again with three quarters of its way, as often as there are finalists. All trials start from the same prompt
+caches. Every trial is a row of the frontier, which is kept; a resumed run reads it again.
 """
 
 from __future__ import annotations
@@ -130,16 +131,20 @@ class Tuner:
         ranked = self._ranked([*fine, *refined])
         judged = [self._verdicts(trial.rule) for trial in self._spread(ranked)]
         judged += [self._verdicts(rule) for rule in self._around(judged)]
-        # Ties within a point go to the safer one: dev is small.
-        order = sorted(
-            (t for t in judged if t.feasible), key=lambda t: (-round(t.answered_benign, 2), -t.refused_harmful)
-        )
-        for trial in order:
-            if trial.removed <= 0:
+        open_ = [trial for trial in judged if trial.feasible]
+        shorter = self.settings.finalists
+        while open_:
+            trial = max(open_, key=_order)
+            open_.remove(trial)
+            if trial.removed <= self.settings.least_removed:
                 break
             checked = self._quality(trial)
             if checked.feasible:
                 return checked
+            if shorter > 0:
+                shorter -= 1
+                again = self._verdicts({**trial.rule, "eta": 0.75 * trial.rule["eta"]})
+                open_ += [again] if again.feasible else []
         return None
 
     # The rules to try
@@ -377,6 +382,11 @@ class Tuner:
             for place, token in zip(batch.rows, out.first_logits.argmax(dim=-1).tolist(), strict=True):
                 found[place] = token
         return found
+
+
+def _order(trial: Trial) -> tuple[float, float]:
+    """Ties within a point go to the safer one: dev is small."""
+    return round(trial.answered_benign, 2), trial.refused_harmful
 
 
 def _mean(values: np.ndarray[Any, Any]) -> float:
