@@ -38,10 +38,15 @@ class TrainingSettings(_Settings):
     dropout: float = Field(0.1, ge=0, lt=1, description="Dropout while training, never while steering.")
     temperature: float = Field(0.5, gt=0, description="Temperature of InfoNCE.")
     across: float = Field(0.25, ge=0, le=1, description="Weight of negatives of the other kind of prompt.")
+    counterpart: float = Field(
+        3.0,
+        ge=0,
+        description="How far the counterpart of a state lies, in mean differences of the outcomes of its kind; 0: none.",
+    )
     benign_weights: tuple[Annotated[float, Field(gt=0)], ...] = Field(
-        (1.0, 3.0, 6.0, 10.0),
+        (0.7, 1.0, 1.5, 2.2),
         min_length=1,
-        description="Weights of the benign half of the loss to try: above 1 turns spare safety into fewer false refusals.",
+        description="Weights of the benign half of the loss to try: a higher one turns spare safety into fewer false refusals.",
     )
     learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate of AdamW.")
     weight_decay: float = Field(0.05, ge=0, description="Weight decay of AdamW.")

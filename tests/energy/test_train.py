@@ -10,7 +10,16 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from elsteer.energy.descent import Descent
-from elsteer.energy.train import BENIGN_HARMFUL, _info_nce, _split, auroc, harm_direction, train
+from elsteer.energy.train import (
+    BENIGN_HARMFUL,
+    _info_nce,
+    _split,
+    _ways,
+    _with_counterparts,
+    auroc,
+    harm_direction,
+    train,
+)
 from elsteer.errors import RunError
 from elsteer.settings import TrainingSettings
 
@@ -53,6 +62,19 @@ def test_steering_down_the_trained_energy_takes_undesirable_states_to_the_desira
     delta = Descent(models.tensors_of(0), eta=0.3, steps=3).delta(states[bad, 0])
     assert float(delta[:, 0].mean()) < -1.0  # against the axis that tells them
     assert abs(float(delta[:, 1].mean())) < 0.3 * abs(float(delta[:, 0].mean()))  # not along what the request is
+
+
+def test_counterparts_are_the_other_outcome_of_the_same_prompt() -> None:
+    states = torch.tensor([[[0.0]], [[2.0]], [[10.0]], [[16.0]]])  # helpful, false refusal, safe refusal, jailbreak
+    harmful, undesirable = torch.tensor([False, False, True, True]), torch.tensor([False, True, False, True])
+    ways = _ways(states, harmful, undesirable)
+    assert ways[:, 0, 0].tolist() == [2.0, 6.0]
+    both, h, u = _with_counterparts(states, harmful, undesirable, 1.5 * ways)
+    assert both[:, 0, 0].tolist() == [0.0, 2.0, 10.0, 16.0, 3.0, -1.0, 19.0, 7.0]
+    assert h.tolist() == [False, False, True, True] * 2
+    assert u.tolist() == [False, True, False, True, True, False, True, False]
+    alone = _with_counterparts(states, harmful, undesirable, None)
+    assert alone[0] is states
 
 
 def test_the_same_seed_gives_the_same_models() -> None:

@@ -5,14 +5,20 @@ For a desirable state i and the undesirable states j of the batch, with temperat
     loss_i = -log( exp(-E_i / T) / (exp(-E_i / T) + sum_j w_ij exp(-E_j / T)) )
 
 averaged over i and summed over layers (the layers share no parameter, so each gets its own gradient). Source: InfoNCE,
-van den Oord et al. 2018, as in ELS, arXiv 2510.08646, section 3. Batches are balanced over the four outcomes. w_ij is 1
+van den Oord et al. 2018, as in ELS, arXiv 2510.08646, section 3. Batches hold as many states of each outcome. w_ij is 1
 for negatives of the same kind of prompt (benign or harmful) and `across` for the other kind: steering has to tell a false
 refusal from a helpful answer and a jailbreak from a safe refusal; it never has to turn one kind of prompt into the other.
 Benign i weigh `benign_weight`: both halves pull on one state where prompts of the two kinds look alike, and this sets who
 wins.
 
-The best epoch by validation AUROC is kept for each layer by itself. AUROC is the probability that an undesirable state has
-a higher energy than a desirable one: InfoNCE fixes no offset, so accuracy at some energy would mean nothing.
+With settings.counterpart, half of each batch are counterparts: the state of a prompt moved `counterpart` times along the
+mean difference of answered and refused prompts of its kind, and given the other outcome. So every prompt stands on both
+sides of the loss, where its one verdict shows it on one side only, and the energies learn whether refusing is right from
+each prompt alike. Without, batches are balanced over the four outcomes by repeating the rare.
+
+The best epoch by validation AUROC (counterparts included) is kept for each layer by itself. AUROC is the probability that
+an undesirable state has a higher energy than a desirable one: InfoNCE fixes no offset, so accuracy at some energy would
+mean nothing. Those that are told are of real states alone.
 """
 
 from __future__ import annotations
@@ -152,10 +158,17 @@ def _fit(
 ) -> tuple[dict[int, dict[str, float]], dict[int, int]]:
     device = models.mean.device
     optimiser = torch.optim.AdamW(models.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    kinds = [
-        fit_rows[(harmful[fit_rows] == h) & (undesirable[fit_rows] == u)] for h in (False, True) for u in (False, True)
-    ]
-    steps = max(1, round(len(fit_rows) / (4 * settings.batch_per_outcome)))
+    each, ways = settings.batch_per_outcome, None
+    if settings.counterpart > 0:  # each prompt gives a state of either outcome: kinds are benign and harmful
+        kinds = [fit_rows[harmful[fit_rows] == h] for h in (False, True)]
+        ways = settings.counterpart * _ways(states[fit_rows], harmful[fit_rows], undesirable[fit_rows])
+    else:
+        kinds = [
+            fit_rows[(harmful[fit_rows] == h) & (undesirable[fit_rows] == u)]
+            for h in (False, True)
+            for u in (False, True)
+        ]
+    steps = max(1, round(len(fit_rows) / (len(kinds) * each)))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimiser, max_lr=settings.learning_rate, total_steps=steps * settings.epochs, pct_start=0.1
     )
@@ -166,15 +179,15 @@ def _fit(
     for epoch in range(settings.epochs):
         models.train()
         for _ in range(steps):
-            rows = torch.cat([_draw(kind, settings.batch_per_outcome, generator) for kind in kinds])
-            energies = models(states[rows].to(device))
-            loss = _info_nce(energies, harmful[rows].to(device), undesirable[rows].to(device), settings, benign_weight)
+            rows = torch.cat([_draw(kind, each, generator) for kind in kinds])
+            batch, h, u = _with_counterparts(states[rows], harmful[rows], undesirable[rows], ways)
+            energies = models(batch.to(device))
+            loss = _info_nce(energies, h.to(device), u.to(device), settings, benign_weight)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             optimiser.step()
             schedule.step()
-        within = _check(models, states, harmful, undesirable, check_rows)
-        mean = (within["benign"] + within["harmful"]) / 2
+        within, mean = _check(models, states, harmful, undesirable, check_rows, ways)
         better = mean > best
         waited = 0 if bool(better.any()) else waited + 1
         best = torch.where(better, mean.float(), best)
@@ -194,6 +207,16 @@ def _fit(
     models.load_state_dict(best_state)
     models.eval()
     return scores, {layer: int(best_epoch[at]) for at, layer in enumerate(models.layers)}
+
+
+def _ways(states: Tensor, harmful: Tensor, undesirable: Tensor) -> Tensor:
+    """(2, L, d): from the mean of the desirable to that of the undesirable states, of benign and of harmful prompts."""
+    return torch.stack(
+        [
+            states[(harmful == kind) & undesirable].mean(dim=0) - states[(harmful == kind) & ~undesirable].mean(dim=0)
+            for kind in (False, True)
+        ]
+    )
 
 
 def _info_nce(
@@ -216,12 +239,34 @@ def _draw(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def _check(
-    models: EnergyModels, states: Tensor, harmful: Tensor, undesirable: Tensor, rows: Tensor
-) -> dict[str, Tensor]:
+    models: EnergyModels, states: Tensor, harmful: Tensor, undesirable: Tensor, rows: Tensor, ways: Tensor | None
+) -> tuple[dict[str, Tensor], Tensor]:
+    """AUROCs of the validation states by kind of pair, (L,) each, and (L,) what the best epoch is chosen by.
+
+    That is the mean of the AUROCs within benign and within harmful prompts, over the states and their counterparts.
+    """
     models.eval()
-    energies = torch.cat([models(states[part].to(models.mean.device)).cpu() for part in rows.split(256)])
+    parts = []
+    for part in rows.split(256):
+        batch, _, _ = _with_counterparts(states[part], harmful[part], undesirable[part], ways)
+        parts.append(models(batch.to(models.mean.device)).cpu().unflatten(0, (-1, len(part))))
+    energies = torch.cat(parts, dim=1)  # (states and their counterparts, n, L)
     h, u = harmful[rows], undesirable[rows]
-    return {"all": auroc(energies, u), "benign": auroc(energies[~h], u[~h]), "harmful": auroc(energies[h], u[h])}
+    real = energies[0]
+    within = {"all": auroc(real, u), "benign": auroc(real[~h], u[~h]), "harmful": auroc(real[h], u[h])}
+    signs = [u, ~u][: len(energies)]
+    chosen = [auroc(energies[:, kind].flatten(0, 1), torch.cat([sign[kind] for sign in signs])) for kind in (h, ~h)]
+    return within, (chosen[0] + chosen[1]) / 2
+
+
+def _with_counterparts(
+    states: Tensor, harmful: Tensor, undesirable: Tensor, ways: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """States (n, L, d), then as many counterparts, moved by `ways` (2, L, d) to the other outcome; harmful; undesirable."""
+    if ways is None:
+        return states, harmful, undesirable
+    moved = states + torch.where(undesirable, -1.0, 1.0)[:, None, None] * ways[harmful.long()]
+    return torch.cat([states, moved]), torch.cat([harmful, harmful]), torch.cat([undesirable, ~undesirable])
 
 
 def _copy(models: EnergyModels) -> dict[str, Tensor]:
