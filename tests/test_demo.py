@@ -39,7 +39,7 @@ def _cut_down(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(starter, "load_starter", few)
     monkeypatch.setattr(fitting, "load_starter", lambda split=None: plain)
     monkeypatch.setattr(module, "load", lambda name, dtype: speaker())
-    monkeypatch.setattr(module, "FitSettings", lambda: SETTINGS)
+    monkeypatch.setattr(module, "SETTINGS", SETTINGS)
     monkeypatch.setitem(JUDGES, "letters", LetterJudge)
     monkeypatch.setitem(JUDGES, "rules", LetterJudge)  # what `evaluate` asks by default
 
@@ -90,7 +90,7 @@ def test_where_nothing_helps_the_plain_model_is_shown_and_the_error_comes_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hopeless = tiny_settings(tuning={"safety_margin": 2.0})
-    monkeypatch.setattr(module, "FitSettings", lambda: hopeless)
+    monkeypatch.setattr(module, "SETTINGS", hopeless)
     for _ in range(2):
         with pytest.raises(NothingHelps, match=r"strength 0; .* is in .*report\.html"):
             demo(run_dir=tmp_path)
