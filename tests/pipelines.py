@@ -137,6 +137,7 @@ def tiny_settings(**changes: Any) -> FitSettings:
             "learning_rate": 0.02,
             "dropout": 0.0,
             "benign_weights": [1.0],
+            "counterpart": 0.0,
         },
         "tuning": {
             "etas": [0.3, 0.9],

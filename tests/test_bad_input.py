@@ -338,8 +338,8 @@ def test_ctrl_c_in_every_stage_of_fit_loses_no_finished_row(here: Path, tmp_path
     stages: list[Callable[[str], bool]] = [
         lambda said: "Loading" in said,
         lambda said: 0 < len(_rows(run / "completions.jsonl")) < 106,
-        lambda said: "training the energy models" in said,
         lambda said: 0 < len(_rows(run / "dev.jsonl")) < 45,
+        lambda said: "training the energy models" in said,
         lambda said: "screening settings" in said and len(_rows(run / "frontier.jsonl")) > 0,
     ]
     kept: dict[str, list[dict[str, object]]] = {}
