@@ -341,10 +341,8 @@ def test_demo_shows_the_whole_story(here: Path, tmp_path: Path, monkeypatch: pyt
     pytest.importorskip("elsteer.demo")
     settings = FitSettings.model_validate(yaml.safe_load((here / "run" / "settings.yaml").read_text(encoding="utf-8")))
     monkeypatch.setitem(JUDGES, "rules", CoinJudge)
-    monkeypatch.setattr("elsteer.demo.FitSettings", lambda: settings.model_copy(update={"limit": 120, "dev_limit": 60}))
+    monkeypatch.setattr("elsteer.demo.SETTINGS", settings.model_copy(update={"limit": 120, "dev_limit": 60}))
     result = elsteer("demo", "--model", here / "model", "--run-dir", tmp_path / "demo", "--dtype", "float32")
-    if result.exit_code == 3:
-        pytest.skip("nothing helped this random model; the next part needs a landscape")
     assert result.exit_code == 0, result.stderr
     assert "Plain against steered (els)" in result.stdout
     assert "Decode overhead: steered decoding takes " in result.stdout
