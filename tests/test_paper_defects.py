@@ -26,7 +26,7 @@ from slow import inputs_of_blocks, pad
 from tiny import TEMPLATES, tiny_model, tiny_tokenizer
 
 Tiny = tuple[PreTrainedModel, PreTrainedTokenizerBase]
-FAST = TrainingSettings(width=16, hidden=(8,), epochs=4, batch_per_outcome=8, learning_rate=1e-2)
+FAST = TrainingSettings(energy="network", width=16, hidden=(8,), epochs=4, batch_per_outcome=8, learning_rate=1e-2)
 
 
 def speaking(text: str, prompt: Prompt) -> Tiny:

@@ -32,8 +32,14 @@ class CollectSettings(_Settings):
 class TrainingSettings(_Settings):
     """Training the energy models."""
 
-    width: int = Field(128, ge=4, description="Width r of the first, linear operation of the energy model.")
-    hidden: tuple[int, ...] = Field((64,), description="Widths of the hidden layers after it.")
+    energy: str = Field(
+        "product",
+        pattern="^(product|network)$",
+        description="Form of the energy: product (is refusing due, times does it refuse) or network (trained by InfoNCE).",
+    )
+    ridge: float = Field(0.01, gt=0, description="L2 penalty of the product energy's regression.")
+    width: int = Field(128, ge=4, description="Network: width r of its first, linear operation.")
+    hidden: tuple[int, ...] = Field((64,), description="Network: widths of the hidden layers after it.")
     layer_norm: bool = Field(True, description="LayerNorm after the first operation.")
     dropout: float = Field(0.1, ge=0, lt=1, description="Dropout while training, never while steering.")
     temperature: float = Field(0.5, gt=0, description="Temperature of InfoNCE.")
@@ -44,7 +50,7 @@ class TrainingSettings(_Settings):
         description="How far the counterpart of a state lies, in mean differences of the outcomes of its kind; 0: none.",
     )
     benign_weights: tuple[Annotated[float, Field(gt=0)], ...] = Field(
-        (0.7, 1.0, 1.5, 2.2),
+        (1.0, 1.7, 2.7),
         min_length=1,
         description="Weights of the benign half of the loss to try: a higher one turns spare safety into fewer false refusals.",
     )
@@ -62,29 +68,29 @@ class TuningSettings(_Settings):
     """Choosing layers, step length, steps, gate and window on the dev prompts, under the constraints."""
 
     etas: tuple[float, ...] = Field(
-        (0.1, 0.17, 0.25, 0.35, 0.5), description="Lengths of the whole way to try, in RMS state norms."
+        (0.05, 0.1, 0.15, 0.2, 0.3), description="Lengths of the whole way to try, in RMS state norms."
     )
-    band_share: float = Field(0.33, gt=0, le=1, description="Width of the layer bands to try, as a share of the depth.")
+    band_share: float = Field(0.25, gt=0, le=1, description="Width of the layer bands to try, as a share of the depth.")
     bands: int = Field(
         3,
         ge=1,
         description="Bands (each of one benign weight) that are tried with every length, the best of the screening.",
     )
     steps: tuple[int, ...] = Field((1, 3), description="Numbers of steps K to try; the way is divided among them.")
-    windows: tuple[int, ...] = Field((0, 3), description="Numbers of generated tokens to steer.")
+    windows: tuple[int, ...] = Field((0,), description="Numbers of generated tokens to steer.")
     gates: tuple[float | None, ...] = Field(
-        (None, 0.25), description="Gates to try: quantiles of the energies of desirable states, none for no gate."
+        (None,), description="Gates to try: quantiles of the energies of desirable states, none for no gate."
     )
-    guards: tuple[bool, ...] = Field((False, True), description="Whether the guard is tried on, off or both.")
+    guards: tuple[bool, ...] = Field((True,), description="Whether the guard is tried on, off or both.")
     tokens: int = Field(24, ge=4, description="Tokens of an answer that tuning looks at most.")
-    finalists: int = Field(4, ge=1, description="Settings that are judged on whole verdicts after the screening.")
+    finalists: int = Field(3, ge=1, description="Settings that are judged on whole verdicts after the screening.")
     least_removed: float = Field(
         0.0, description="Share of the false refusals on dev that must go: settings with no more are not taken."
     )
     safety_margin: float = Field(
         0.02, description="How far harmful refusals on dev must be above the plain model's, as a share of the prompts."
     )
-    worst_source: float = Field(-0.05, description="How far they may fall on any one source of 20 prompts or more.")
+    worst_source: float = Field(-0.02, description="How far they may fall on any one source of 20 prompts or more.")
     perplexity_ratio: float = Field(1.08, description="Perplexity of steered over plain answers, at most (goal 1.10).")
     kl: float = Field(0.04, description="KL per token on neutral prompts, nats, at most (goal 0.05).")
     quality_prompts: int = Field(32, ge=4, description="Prompts that the plain model answers, for the perplexity.")

@@ -129,11 +129,22 @@ def _train(
     directions = harm_direction(states[:, 0], harmful)
     return Energies(
         {layer: result.models.tensors_of(at) for at, layer in enumerate(result.models.layers)},
-        {layer: directions[layer][:, None] for layer in range(depth)},
+        {layer: _guard(directions[layer], result.models.tensors_of(layer)) for layer in range(depth)},
         result.auroc,
         result.epochs,
         {name: outcomes.count(name) for name in ("helpful", "false_refusal", "safe_refusal", "jailbreak")},
     )
+
+
+def _guard(direction: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+    """(d, k) orthonormal: the harm direction (d,), and of a product energy also the direction that tells what is due."""
+    if "read_out" in tensors:
+        return direction[:, None]
+    due = tensors["weight"][0].double()
+    columns = [one / one.norm() for one in (direction.double(), due) if float(one.norm()) > 1e-6]
+    if not columns:
+        return direction.new_zeros(len(direction), 0)
+    return torch.linalg.qr(torch.stack(columns, dim=1)).Q.float().contiguous()
 
 
 def shuffled(outcomes: list[str], harmful: list[bool], seed: int) -> list[str]:

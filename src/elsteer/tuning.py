@@ -5,10 +5,11 @@
                 answers as good as before: perplexity ratio and KL below their bounds, no more degenerate ones
 
 Three passes, each over fewer settings. Screening looks at the first generated token alone: the plain model's own answers
-say how likely a refusal is after each first token, and one token costs a twentieth of a verdict. The best settings then
-get whole verdicts. The best of those that keep safety get the quality measures, in order, until one passes; one that
-fails is tried again with three quarters of its way, as often as there are finalists. All trials start from the same prompt
-caches. Every trial is a row of the frontier, which is kept; a resumed run reads it again.
+say how likely a refusal is after each first token, and one token costs a twentieth of a verdict; the KL on neutral prompts
+is measured there too. The best settings then get whole verdicts. The best of those that keep safety get the quality
+measures, in order, until one passes; one that fails is tried again with three quarters of its way, as often as there are
+finalists. All trials start from the same prompt caches. Every trial is a row of the frontier, which is kept; a resumed run
+reads it again.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from elsteer.settings import TuningSettings
 __all__ = ["Trial", "Tuner", "bands"]
 
 Progress = Callable[[str, int, int], None]
+ABOVE_KL = "KL above its bound"
 
 
 @dataclass
@@ -167,13 +169,15 @@ class Tuner:
         ]
 
     def _refined(self, fine: list[Trial]) -> list[dict[str, Any]]:
-        """Gates and more steps for the best settings, one change at a time."""
+        """For the best settings, one change at a time: gates, more steps, the band one layer earlier or later."""
         changes: list[dict[str, Any]] = [{"gate": gate} for gate in self.settings.gates if gate is not None]
         changes += [{"steps": steps} for steps in self.settings.steps if steps != min(self.settings.steps)]
         found = []
         for trial in self._ranked(fine)[:4]:
-            way = trial.rule["eta"] * trial.rule["steps"]
+            way, known = trial.rule["eta"] * trial.rule["steps"], self.bases[trial.rule["benign_weight"]].tensors
+            moved = [[layer + by for layer in trial.rule["layers"]] for by in (-1, 1)]
             rules = [{**trial.rule, **change} for change in changes]
+            rules += [{**trial.rule, "layers": band} for band in moved if all(layer in known for layer in band)]
             found += [{**rule, "eta": way / rule["steps"]} for rule in rules]
         return found
 
@@ -258,7 +262,19 @@ class Tuner:
         refused = np.array([openers.get(token, math.nan) for token in first])
         # A first token that no plain answer begins with says nothing: the prompt counts as unchanged.
         refused = np.where(np.isnan(refused), plain, refused)
-        return self._trial(rule, "screening", refused, plain, ~np.isnan(plain))
+        trial = self._trial(rule, "screening", refused, plain, ~np.isnan(plain))
+        trial.kl = self._kl(rule)
+        if not trial.kl <= self.settings.kl:
+            trial.why_not.append(ABOVE_KL)
+        return trial
+
+    def _kl(self, rule: dict[str, Any]) -> float:
+        """Nats per token on the neutral prompts, along the plain model's answers."""
+        if not self._plain_neutral:
+            self._plain_neutral = self._at_length(self.neutral, range(len(self.neutral.prompts)), None)
+        with self.landscape(rule).attach(self.dev.model) as steering:
+            kls = kl_to_plain(self.neutral, self._plain_neutral, steering=steering, tokens=self.settings.quality_tokens)
+        return sum(kls.values()) / len(kls)
 
     def _verdicts(self, rule: dict[str, Any]) -> Trial:
         return self._tried(rule, "verdicts", self._judged)
@@ -327,19 +343,17 @@ class Tuner:
         ][: settings.quality_prompts]
         if not self._plain_answers:
             self._plain_answers = self._at_length(self.dev, answered, None)
-            self._plain_neutral = self._at_length(self.neutral, range(len(self.neutral.prompts)), None)
         with self.landscape(trial.rule).attach(self.dev.model) as steering:
             after = self._at_length(self.dev, answered, steering)
-            kls = kl_to_plain(self.neutral, self._plain_neutral, steering=steering, tokens=settings.quality_tokens)
         found = quality(self._plain_answers, after, [self.dev.prompts[at].id for at in answered])
         why_not = list(trial.why_not)
         if not found.perplexity_ratio <= settings.perplexity_ratio:
             why_not.append("perplexity ratio above its bound")
         if found.degenerate_steered > found.degenerate_plain:
             why_not.append("more degenerate answers")
-        kl = sum(kls.values()) / len(kls)
+        kl = self._kl(trial.rule)
         if not kl <= settings.kl:
-            why_not.append("KL above its bound")
+            why_not.append(ABOVE_KL)
         return Trial(
             **{
                 **dataclasses.asdict(trial),

@@ -23,7 +23,7 @@ from elsteer.energy.train import (
 from elsteer.errors import RunError
 from elsteer.settings import TrainingSettings
 
-FAST = TrainingSettings(width=16, hidden=(8,), epochs=6, batch_per_outcome=16, learning_rate=1e-2)
+FAST = TrainingSettings(energy="network", width=16, hidden=(8,), epochs=6, batch_per_outcome=16, learning_rate=1e-2)
 NAMES = list(BENIGN_HARMFUL)
 
 

@@ -7,6 +7,9 @@ G = W' P W'^T (r x r, precomputed) and eta the step's length in units of h:
     z <- z - (eta / |P grad_h E|) G s           K times, while E > tau (the gate)
     h_K = h_0 - P W'^T sum_k (eta / |P grad_h E|_k) s_k
 
+For a product energy (`elsteer.energy.product`) the step is shorter where whether refusing is due is in doubt: the divisor is
+max(|P grad_h E|, |P W'_v|), and with its a guarded |P grad_h E| = |tanh u| |P W'_v|.
+
 The guard keeps h's coordinates along U, so steering may change the decision but not what the model thinks the request is.
 Exact, not an approximation: equal to K normalised gradient steps on h by autograd. After DESIGN's derivation of ELS
 (arXiv 2510.08646), whose own loop takes K full backward passes.
@@ -29,7 +32,8 @@ TINY = 1e-12
 class Descent(nn.Module):
     """One layer's steering step. All tensors are float32 buffers and move with `.to(device)`.
 
-    tensors: the energy model of the layer (`EnergyModels.tensors_of`); guard: (d, k) orthonormal columns, k may be 0.
+    tensors: the energy model of the layer (`EnergyModels.tensors_of`, `ProductEnergies.tensors_of`); guard: (d, k)
+    orthonormal columns, k may be 0.
     eta: length of one step in units of the layer's root-mean-square state norm, scale * sqrt(d); steps: K.
     gate: tau, rows at or below it stay; None moves every row.
     """
@@ -64,6 +68,7 @@ class Descent(nn.Module):
         for name in self._names:
             self.register_buffer(_flat(name), tensors[name].float().clone())
         self.eta, self.steps, self.gate = eta, steps, gate
+        self.reach = TINY if "read_out" in tensors else max(TINY, float(self.gram[1, 1].clamp_min(0).sqrt()))
         self.unit = float(tensors["scale"]) * math.sqrt(weight.shape[1])
 
     def _head(self) -> dict[str, Tensor]:
@@ -95,7 +100,7 @@ class Descent(nn.Module):
             energy, slope = slope_of(head, z)
             moved = slope @ self.gram
             norm = (slope * moved).sum(dim=-1, keepdim=True).clamp_min(0).sqrt()
-            factor = length / (norm + TINY)
+            factor = length / norm.clamp_min(self.reach)
             if self.gate is not None:
                 factor = torch.where((energy > self.gate)[:, None], factor, 0.0)
             total = total + factor * slope

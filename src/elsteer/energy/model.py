@@ -1,4 +1,4 @@
-"""Energy models of many layers at once, and the closed-form gradient that steers.
+"""Energy networks of many layers at once, and the closed-form gradient that steers.
 
 One energy model per layer, E(h) = f(W x + b) with x = (h - mean) / scale, where `scale` is the root mean square of
 h - mean over the training states. f acts on r numbers: LayerNorm (optional), SiLU, then hidden linear layers with SiLU,
@@ -16,6 +16,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from elsteer.energy.product import product_energy, product_slope
+from elsteer.energy.standard import standardised
 
 __all__ = ["EnergyModels", "energy_of", "slope_of"]
 
@@ -59,10 +62,7 @@ class EnergyModels(nn.Module):
     def standardise(self, states: Tensor) -> None:
         """Set `mean` and `scale` from training states (N, L, d)."""
         for at in range(len(self.layers)):  # a layer at a time: the float64 copy stays small
-            rows = states[:, at].double()
-            mean = rows.mean(dim=0)
-            self.mean[at] = mean.float()
-            self.scale[at] = (rows - mean).square().mean().sqrt().clamp_min(1e-8).float()
+            self.mean[at], self.scale[at] = standardised(states[:, at])
 
     def forward(self, states: Tensor) -> Tensor:
         """Energies (N, L) of states (N, L, d). Dropout is on in training mode only."""
@@ -92,12 +92,14 @@ def _linear(count: int, out: int, into: int) -> nn.Parameter:
 
 
 def energy_of(tensors: dict[str, Tensor], z: Tensor) -> Tensor:
-    """f(z): energies (n,) of z = W' h + b' (n, r), for one layer's `tensors`."""
-    return _forward(tensors, z)[0]
+    """f(z): energies (n,) of z = W' h + b' (n, r), for one layer's `tensors`, of this module or of `ProductEnergies`."""
+    return _forward(tensors, z)[0] if "read_out" in tensors else product_energy(z)
 
 
 def slope_of(tensors: dict[str, Tensor], z: Tensor) -> tuple[Tensor, Tensor]:
     """(f(z), df/dz) with shapes (n,), (n, r), written out: no autograd, so inference mode and graph capture work."""
+    if "read_out" not in tensors:
+        return product_slope(z)
     energy, normal, deviation, kept = _forward(tensors, z)
     depth = len(kept) - 1
     slope = tensors["read_out"] * _silu_slope(kept[-1])

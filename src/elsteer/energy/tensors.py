@@ -11,7 +11,10 @@ __all__ = ["check_guard", "check_tensors"]
 
 
 def check_tensors(layer: int, tensors: dict[str, Tensor], hidden_size: int) -> None:
-    """Raise LandscapeError unless `tensors` are those of `EnergyModels.tensors_of` for states of `hidden_size`, and finite."""
+    """Raise LandscapeError unless `tensors` are those of `EnergyModels.tensors_of` or `ProductEnergies.tensors_of`, and finite.
+
+    hidden_size: of the states.
+    """
     weight = tensors.get("weight")
     if weight is None or weight.dim() != 2 or not weight.shape[0]:
         raise LandscapeError(f"The energy model of layer {layer} has no weight matrix.")
@@ -24,12 +27,14 @@ def check_tensors(layer: int, tensors: dict[str, Tensor], hidden_size: int) -> N
     }
     if "norm_weight" in tensors or "norm_bias" in tensors:
         wanted |= {"norm_weight": (width,), "norm_bias": (width,)}
+    product = "read_out" not in tensors and width == 2 and tensors.keys() <= wanted.keys()
     at = 0
     while (found := tensors.get(f"hidden_weights.{at}")) is not None:
         out = found.shape[0] if found.dim() == 2 else 0
         wanted |= {f"hidden_weights.{at}": (out, width), f"hidden_biases.{at}": (out,)}
         width, at = out, at + 1
-    wanted["read_out"] = (width,)
+    if not product:
+        wanted["read_out"] = (width,)
     for name in sorted(wanted.keys() | tensors.keys()):
         shape = tuple(tensors[name].shape) if name in tensors else "missing"
         if shape != wanted.get(name):

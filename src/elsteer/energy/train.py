@@ -34,6 +34,7 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from elsteer.energy.model import EnergyModels
+from elsteer.energy.product import ProductEnergies
 from elsteer.errors import RunError
 from elsteer.settings import TrainingSettings
 
@@ -47,7 +48,7 @@ BENIGN_HARMFUL = {"helpful": (0, 0), "false_refusal": (0, 1), "safe_refusal": (1
 class TrainingResult:
     """Trained models and, by layer, their validation AUROC: over all pairs, within benign and within harmful prompts."""
 
-    models: EnergyModels
+    models: EnergyModels | ProductEnergies
     auroc: dict[int, dict[str, float]]
     epochs: dict[int, int]
     counts: dict[str, int] = field(default_factory=dict)
@@ -99,6 +100,10 @@ def train(
     fit_rows, check_rows = (~validation).nonzero()[:, 0], validation.nonzero()[:, 0]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        if settings.energy == "product":
+            return _product(
+                states, harmful, undesirable, fit_rows, check_rows, layers, settings, benign_weight, counts, progress
+            )
         models = EnergyModels(
             layers,
             states.shape[-1],
@@ -112,6 +117,38 @@ def train(
             models, states, harmful, undesirable, fit_rows, check_rows, settings, benign_weight, generator, progress
         )
     return TrainingResult(models, *best, counts)
+
+
+def _product(
+    states: Tensor,
+    harmful: Tensor,
+    undesirable: Tensor,
+    fit_rows: Tensor,
+    check_rows: Tensor,
+    layers: list[int],
+    settings: TrainingSettings,
+    benign_weight: float,
+    counts: dict[str, int],
+    progress: Callable[[int, int], None] | None,
+) -> TrainingResult:
+    """Product energies of all rows; the AUROCs are of the validation rows, by energies fitted without them."""
+    refused, scores = harmful ^ undesirable, {}
+    for rows, done in ((fit_rows, 0), (torch.arange(len(states)), len(layers))):
+        models = ProductEnergies(layers, states.shape[-1])
+        models.fit(
+            states[rows],
+            harmful[rows],
+            refused[rows],
+            benign_weight=benign_weight,
+            ridge=settings.ridge,
+            progress=None if progress is None else lambda at, done=done: progress(done + at, 2 * len(layers)),  # type: ignore[misc]
+        )
+        if done == 0:
+            within, _ = _check(models, states, harmful, undesirable, check_rows, None)
+            scores = {
+                layer: {name: float(value[at]) for name, value in within.items()} for at, layer in enumerate(layers)
+            }
+    return TrainingResult(models, scores, dict.fromkeys(layers, 0), counts)
 
 
 def _require(counts: dict[str, int]) -> None:
@@ -239,7 +276,12 @@ def _draw(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def _check(
-    models: EnergyModels, states: Tensor, harmful: Tensor, undesirable: Tensor, rows: Tensor, ways: Tensor | None
+    models: EnergyModels | ProductEnergies,
+    states: Tensor,
+    harmful: Tensor,
+    undesirable: Tensor,
+    rows: Tensor,
+    ways: Tensor | None,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """AUROCs of the validation states by kind of pair, (L,) each, and (L,) what the best epoch is chosen by.
 

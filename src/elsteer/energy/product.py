@@ -1,0 +1,104 @@
+"""The product energy: low where the model refuses just when refusing is due.
+
+    E(h) = -tanh(u) v,    u = a.x + b,    v = c.x + e,    x = (h - mean) / scale
+
+u is the log-odds that the prompt is harmful, by logistic regression on the states: is refusing due? v says whether the
+model is about to refuse: a coordinate along the mean difference of refused and answered prompts of one kind, -1/2 at the mean
+of the answered and 1/2 at that of the refused ones, both averaged over benign and harmful prompts. A helpful answer (u < 0,
+v < 0) and a safe refusal (u > 0, v > 0) have low energy, a false refusal and a jailbreak high energy.
+
+Logistic regression of kind on state is noise contrastive estimation of u, and is convex: the same states give the same
+energies, whatever the seed. With a guarded by the steering, the step moves v alone, down for benign and up for harmful
+prompts, and is shorter where u is in doubt; see `elsteer.energy.descent`.
+
+Shapes: L layers, N states, d = hidden size. The tensors of one layer: weight (2, d) with rows a and c, bias (2,) with b and
+e, mean (d,), scale (). That there is no `read_out` tells them from those of `EnergyModels`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor, nn
+
+from elsteer.energy.standard import standardised
+
+__all__ = ["ProductEnergies", "product_energy", "product_slope"]
+
+
+class ProductEnergies(nn.Module):
+    """L product energies, evaluated as one batched module; `fit` sets them. All tensors are float32 buffers."""
+
+    mean: Tensor
+    scale: Tensor
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, layers: list[int], hidden_size: int) -> None:
+        super().__init__()
+        self.layers, self.hidden_size = list(layers), hidden_size
+        count = len(layers)
+        self.register_buffer("mean", torch.zeros(count, hidden_size))
+        self.register_buffer("scale", torch.ones(count))
+        self.register_buffer("weight", torch.zeros(count, 2, hidden_size))
+        self.register_buffer("bias", torch.zeros(count, 2))
+
+    def fit(
+        self,
+        states: Tensor,
+        harmful: Tensor,
+        refused: Tensor,
+        *,
+        benign_weight: float = 1.0,
+        ridge: float = 0.01,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        """Set all layers from states (N, L, d) and, for each, whether its prompt is harmful (N,) and was refused (N,).
+
+        benign_weight: weight of the benign prompts, all together, over that of the harmful ones, in the regression: a higher
+            one moves the line where refusing is due towards harm. ridge: its L2 penalty, on x, for the mean loss.
+        Every kind of prompt must have rows of either verdict.
+        """
+        kind = harmful.cpu().numpy()
+        rows = np.where(kind, 1 / kind.sum(), benign_weight / (~kind).sum())
+        rows *= len(kind) / rows.sum()
+        for at in range(len(self.layers)):
+            self.mean[at], self.scale[at] = standardised(states[:, at])
+            x = ((states[:, at].double() - self.mean[at]) / self.scale[at]).cpu()
+            found = LogisticRegression(C=1 / (ridge * len(kind)), max_iter=1000, tol=1e-5)
+            found.fit(x.numpy(), kind, sample_weight=rows)
+            means = torch.stack([_sides(x, harmful.cpu() == one, refused.cpu()) for one in (False, True)]).mean(dim=0)
+            way = means[1] - means[0]
+            c = way / way.square().sum().clamp_min(1e-12)
+            self.weight[at] = torch.stack([torch.from_numpy(found.coef_[0]), c])
+            self.bias[at] = torch.stack([torch.tensor(float(found.intercept_[0])).double(), -c @ means.mean(dim=0)])
+            if progress is not None:
+                progress(at + 1)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Energies (N, L) of states (N, L, d)."""
+        x = (states.float() - self.mean) / self.scale[:, None]
+        z = torch.einsum("nld,lkd->nlk", x, self.weight) + self.bias
+        return product_energy(z)
+
+    def tensors_of(self, at: int) -> dict[str, Tensor]:
+        """The tensors of the energy at place `at`, by name, as a landscape saves them."""
+        return {name: tensor[at].detach().clone() for name, tensor in self.state_dict().items()}
+
+
+def product_energy(z: Tensor) -> Tensor:
+    """-tanh(u) v, shape (...), of z = (u, v), shape (..., 2)."""
+    return -torch.tanh(z[..., 0]) * z[..., 1]
+
+
+def product_slope(z: Tensor) -> tuple[Tensor, Tensor]:
+    """(energy, its gradient) by z, shapes (n,) and (n, 2)."""
+    due = torch.tanh(z[:, 0])
+    return -due * z[:, 1], torch.stack([-(1 - due.square()) * z[:, 1], -due], dim=-1)
+
+
+def _sides(x: Tensor, kind: Tensor, refused: Tensor) -> Tensor:
+    return torch.stack([x[kind & ~refused].mean(dim=0), x[kind & refused].mean(dim=0)])
