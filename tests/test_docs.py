@@ -147,10 +147,13 @@ def test_settings_in_the_tuning_page_have_the_defaults_that_it_says() -> None:
     for name, value in (
         ("safety_margin", f"{settings.safety_margin} of the harmful prompts"),
         ("worst_source", f"{settings.worst_source}"),
+        ("refusal_level", f"{settings.refusal_level:.0%}"),
         ("perplexity_ratio", f"at most {settings.perplexity_ratio}"),
         ("kl", f"at most {settings.kl}"),
     ):
         assert re.search(rf"\| `{name}` \| {re.escape(value)} \|", page), name
+    assert settings.gates == (None,)
+    assert settings.windows == (0,)
     algorithm, training = text_of("docs/algorithm.md"), FitSettings().training
     for words in (
         f"`width` ({training.width})",
@@ -159,8 +162,9 @@ def test_settings_in_the_tuning_page_have_the_defaults_that_it_says() -> None:
         f"`batch_per_outcome` ({training.batch_per_outcome})",
         f"`across` ({training.across})",
         f"`benign_weights` ({', '.join(f'{one:g}' for one in training.benign_weights)};",
-        f"{settings.gates[1]} (`gates`)",
-        f"{settings.windows[0]} and {settings.windows[1]} (`windows`)",
+        f"(L2 penalty `ridge`, {training.ridge}, on the mean loss",
+        "Tuning tries no gate by default (`gates`)",
+        f"Tuning tries {settings.windows[0]} by default (`windows`)",
     ):
         assert words in algorithm, words
 

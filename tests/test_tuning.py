@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -96,11 +97,17 @@ def scripted(
     does: Callable[[dict[str, Any]], tuple[float, float, float]],
     **changes: Any,
 ) -> Scripted:
-    settings = TuningSettings.model_validate({**STRICT.model_dump(), "band_share": 0.25, **changes})
+    settings = TuningSettings.model_validate({**STRICT.model_dump(), "band_share": 0.25, "finalists": 4, **changes})
     found = tuner_of(tiny, plain, path, settings, Scripted)
     assert isinstance(found, Scripted)
     found.does = does
     return found
+
+
+def unmoved(tuner: Scripted) -> Scripted:
+    """The same where the landscape has no layers to move the bands to."""
+    tuner.bases = {1.0: SimpleNamespace(tensors={})}  # type: ignore[dict-item]
+    return tuner
 
 
 AUROCS = {1.0: {0: 0.5, 1: 0.7, 2: 0.8, 3: 0.7}}
@@ -202,10 +209,26 @@ def test_rounding_does_not_decide_about_the_margin(wide: Tuner) -> None:
 
 
 def test_harmful_refusals_must_not_fall_on_one_source(wide: Tuner) -> None:
+    wide.settings = wide.settings.model_copy(update={"refusal_level": 0.0, "worst_source": -0.05})
     trial = rates(wide, [0.9, 0.44, 0.1], [0.5, 0.5, 0.4])
     assert trial.why_not == ["harmful refusals fall on one source"]
     assert trial.worst_source == pytest.approx(-0.06)
     assert rates(wide, [0.9, 0.46, 0.1], [0.5, 0.5, 0.4]).feasible
+
+
+def test_a_source_that_is_seldom_refused_cannot_hide_what_it_loses(wide: Tuner) -> None:
+    harmful = np.flatnonzero(wide.harmful)
+    places = harmful[[wide.dev.prompts[at].source == wide.dev.prompts[harmful[0]].source for at in harmful]]
+    plain, refused = np.zeros(len(wide.harmful)), np.zeros(len(wide.harmful))
+    plain[places[:20]] = 1.0  # of 50: the plain model refuses 40%, steered 14 of these and 20 of the others
+    refused[places[:14]] = 1.0
+    refused[places[20:40]] = 1.0
+    only = np.zeros(len(plain), dtype=bool)
+    only[places] = True
+    assert len(places) == 50
+    assert wide._worst(refused, plain, only) == pytest.approx(0.8 * 0.7 + 0.2 * 20 / 30 - 0.8)
+    wide.settings = wide.settings.model_copy(update={"refusal_level": 0.0})
+    assert wide._worst(refused, plain, only) == pytest.approx(14 / 50)
 
 
 def test_a_source_of_few_prompts_decides_nothing(tiny: Tiny, plain: list[Completion], tmp_path: Path) -> None:
@@ -293,7 +316,7 @@ def test_of_equals_the_safer_one_wins(tiny: Tiny, plain: list[Completion], tmp_p
     def does(rule: dict[str, Any]) -> tuple[float, float, float]:
         return (0.801, 0.6, 1.0) if whole_way(rule) == 1.0 else (0.799, 0.7, 1.0)
 
-    found = scripted(tiny, plain, tmp_path, does).search(AUROCS)
+    found = unmoved(scripted(tiny, plain, tmp_path, does)).search(AUROCS)
     assert found is not None
     assert found.refused_harmful == 0.7
 
@@ -302,7 +325,7 @@ def test_where_the_best_spoils_answers_the_next_is_taken(tiny: Tiny, plain: list
     def does(rule: dict[str, Any]) -> tuple[float, float, float]:
         return (0.9, 0.6, 1.5) if whole_way(rule) == 1.0 else (0.7, 0.6, 1.0)
 
-    tuner = scripted(tiny, plain, tmp_path, does)
+    tuner = unmoved(scripted(tiny, plain, tmp_path, does))
     found = tuner.search(AUROCS)
     assert found is not None
     assert found.rule["eta"] == 0.5
@@ -317,12 +340,22 @@ def test_what_spoils_answers_is_tried_again_with_a_shorter_way(
         way = whole_way(rule)
         return 0.6 + way / 10, 0.6, 1.0 if way < 0.3 else 1.5
 
-    tuner = scripted(tiny, plain, tmp_path, does, etas=(0.5,))
+    tuner = unmoved(scripted(tiny, plain, tmp_path, does, etas=(0.5,)))
     found = tuner.search(AUROCS)
     assert found is not None
     assert found.rule["eta"] == pytest.approx(0.5 * 0.75**2)
     ways = {trial.rule["eta"] for trial in tuner.trials.values() if trial.stage == "verdicts"}
     assert sorted(ways) == pytest.approx([0.28125, 0.375, 0.5])
+
+
+def test_the_best_bands_are_tried_one_layer_earlier_and_later(
+    tiny: Tiny, plain: list[Completion], tmp_path: Path
+) -> None:
+    tuner = scripted(tiny, plain, tmp_path, lambda rule: (0.9, 0.6, 1.0), etas=(0.5,), band_share=0.5, bands=1)
+    tuner.search({1.0: {0: 0.5, 1: 0.5, 2: 0.8, 3: 0.7}})
+    bands_tried = {tuple(trial.rule["layers"]) for trial in tuner.trials.values() if trial.stage == "screening"}
+    assert (1, 2) in bands_tried
+    assert all(layer in tuner.bases[1.0].tensors for band in bands_tried for layer in band)
 
 
 def test_it_is_not_shortened_for_ever(tiny: Tiny, plain: list[Completion], tmp_path: Path) -> None:
@@ -430,7 +463,7 @@ def test_screening_costs_one_token_and_counts_the_plain_answers_that_begin_so(
     assert trial.refused_harmful == pytest.approx((labels[~benign] == "refusal").mean())
     with forward_passes(tiny[0]) as passes:
         tuner._screened({**RULE, "eta": 0.5})
-    assert sum(passes) == len(DEV)
+    assert sum(passes) == len(DEV) + 4  # and the neutral answers, scored for the KL
 
 
 def test_a_first_token_that_no_plain_answer_begins_with_leaves_the_prompt_as_it_was(

@@ -35,10 +35,8 @@ MODEL = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
 SETTINGS = FitSettings(
     dev_limit=240,
     collect=CollectSettings(full_answers=400),
-    training=TrainingSettings(benign_weights=(1.0, 1.5)),
-    tuning=TuningSettings(
-        etas=(0.17, 0.25, 0.35), bands=2, steps=(1,), windows=(0,), gates=(None,), guards=(False,), finalists=3
-    ),
+    training=TrainingSettings(benign_weights=(1.7, 2.7)),
+    tuning=TuningSettings(etas=(0.1, 0.15, 0.2), bands=2),
 )
 
 

@@ -50,7 +50,7 @@ class TrainingSettings(_Settings):
         description="How far the counterpart of a state lies, in mean differences of the outcomes of its kind; 0: none.",
     )
     benign_weights: tuple[Annotated[float, Field(gt=0)], ...] = Field(
-        (1.0, 1.7, 2.7),
+        (1.7, 2.7, 4.0),
         min_length=1,
         description="Weights of the benign half of the loss to try: a higher one turns spare safety into fewer false refusals.",
     )
@@ -68,7 +68,7 @@ class TuningSettings(_Settings):
     """Choosing layers, step length, steps, gate and window on the dev prompts, under the constraints."""
 
     etas: tuple[float, ...] = Field(
-        (0.05, 0.1, 0.15, 0.2, 0.3), description="Lengths of the whole way to try, in RMS state norms."
+        (0.1, 0.15, 0.2, 0.3), description="Lengths of the whole way to try, in RMS state norms."
     )
     band_share: float = Field(0.25, gt=0, le=1, description="Width of the layer bands to try, as a share of the depth.")
     bands: int = Field(
@@ -76,7 +76,7 @@ class TuningSettings(_Settings):
         ge=1,
         description="Bands (each of one benign weight) that are tried with every length, the best of the screening.",
     )
-    steps: tuple[int, ...] = Field((1, 3), description="Numbers of steps K to try; the way is divided among them.")
+    steps: tuple[int, ...] = Field((1,), description="Numbers of steps K to try; the way is divided among them.")
     windows: tuple[int, ...] = Field((0,), description="Numbers of generated tokens to steer.")
     gates: tuple[float | None, ...] = Field(
         (None,), description="Gates to try: quantiles of the energies of desirable states, none for no gate."
@@ -91,6 +91,12 @@ class TuningSettings(_Settings):
         0.02, description="How far harmful refusals on dev must be above the plain model's, as a share of the prompts."
     )
     worst_source: float = Field(-0.02, description="How far they may fall on any one source of 20 prompts or more.")
+    refusal_level: float = Field(
+        0.8,
+        ge=0,
+        lt=1,
+        description="For that, sources that the plain model refuses less often are weighted to this share.",
+    )
     perplexity_ratio: float = Field(1.08, description="Perplexity of steered over plain answers, at most (goal 1.10).")
     kl: float = Field(0.04, description="KL per token on neutral prompts, nats, at most (goal 0.05).")
     quality_prompts: int = Field(32, ge=4, description="Prompts that the plain model answers, for the perplexity.")
