@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from elsteer.models import accepts, decoder_of
+from elsteer.models import accepts, cache_argument, cache_made, decoder_of
 
 __all__ = [
     "STEERED",
@@ -97,7 +97,7 @@ def share_prefix(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> Share
         return SharedPrefix([], None)
     with torch.inference_mode(), plain_model(model):
         out = model(input_ids=torch.tensor([ids], device=model.device), use_cache=True, **_one_logit(model))
-    cache = out.past_key_values
+    cache = cache_made(out)
     return SharedPrefix(ids, cache) if _plain(cache) else SharedPrefix([], None)
 
 
@@ -125,7 +125,7 @@ def prefill(
     if width > 1:
         with torch.inference_mode(), plain_model(model):
             out = _forward(model, ids[:, :-1], mask[:, :-1], cache)
-        cache = out.past_key_values
+        cache = cache_made(out)
     return PromptBatch(list(places), mask, ids[:, -1:], cache)
 
 
@@ -159,7 +159,7 @@ def decode(
                 out = _forward(model, ids, mask, cache)
             if on_step is not None:
                 on_step(step, alive)
-            cache = out.past_key_values
+            cache = cache_made(out)
             logits = out.logits[:, -1].float()
             if step == 0:
                 first.append(logits)
@@ -255,7 +255,8 @@ def _forward(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Any | Non
     extra: dict[str, Any] = {} if every_logit else _one_logit(model)
     if accepts(model, "position_ids"):
         extra["position_ids"] = positions
-    return model(input_ids=ids, attention_mask=mask.long(), past_key_values=cache, use_cache=True, **extra)
+    extra[cache_argument(model)] = cache
+    return model(input_ids=ids, attention_mask=mask.long(), use_cache=True, **extra)
 
 
 def _one_logit(model: PreTrainedModel) -> dict[str, Any]:

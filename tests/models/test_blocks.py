@@ -9,7 +9,15 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from elsteer.errors import ModelError
-from elsteer.models import blocks_path, decoder_blocks, decoder_of, hidden_size, named_inputs, num_layers
+from elsteer.models import (
+    blocks_path,
+    cache_given,
+    decoder_blocks,
+    decoder_of,
+    hidden_size,
+    named_inputs,
+    num_layers,
+)
 from tiny import FAMILIES, VOCABULARY, tiny_model
 
 PATHS = {"gpt2": "transformer.h", "falcon": "transformer.h", "gpt_neox": "gpt_neox.layers"}
@@ -63,7 +71,7 @@ def test_the_decoder_tells_its_inputs_by_name_in_generate(family: str) -> None:
     for step, kwargs in enumerate(seen):
         assert kwargs["input_ids"].shape == (2, 1 if step else 3)
         assert kwargs["attention_mask"].shape[0] == 2
-        assert kwargs["past_key_values"] is not None
+        assert cache_given(kwargs) is not None
 
 
 def test_the_text_part_of_a_model_with_images_is_taken() -> None:

@@ -12,7 +12,21 @@ from transformers import PreTrainedModel
 
 from elsteer.errors import ModelError
 
-__all__ = ["accepts", "blocks_path", "decoder_blocks", "decoder_of", "hidden_size", "named_inputs", "num_layers"]
+__all__ = [
+    "accepts",
+    "blocks_path",
+    "cache_argument",
+    "cache_given",
+    "cache_made",
+    "decoder_blocks",
+    "decoder_of",
+    "hidden_size",
+    "named_inputs",
+    "num_layers",
+]
+
+# What transformers calls the key-value cache: the first name since 5.23 or so, the second before.
+_CACHE_NAMES = ("cache", "past_key_values")
 
 
 def num_layers(model: PreTrainedModel) -> int:
@@ -49,7 +63,7 @@ def blocks_path(model: PreTrainedModel, path: str | None = None) -> str:
 def decoder_of(model: PreTrainedModel, path: str | None = None) -> torch.nn.Module:
     """The module that owns the decoder blocks and runs them.
 
-    Its forward takes input_ids or inputs_embeds, attention_mask, position_ids and past_key_values. Some families hand it
+    Its forward takes input_ids or inputs_embeds, attention_mask, position_ids and the cache (`cache_given`). Some families hand it
     input_ids by position: a hook that wants the names takes them from `named_inputs`.
     """
     owner = _find(model, path)[0]
@@ -72,6 +86,23 @@ def named_inputs(decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[s
 def accepts(model: PreTrainedModel, name: str) -> bool:
     """Whether the model's forward has an argument of that name."""
     return name in _parameters(type(model).forward)
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """The name under which the model's forward takes its key-value cache."""
+    return next((name for name in _CACHE_NAMES if accepts(model, name)), _CACHE_NAMES[-1])
+
+
+def cache_given(kwargs: dict[str, Any]) -> Any:
+    """The key-value cache among the arguments of a forward or `generate` call, or None."""
+    return next((kwargs[name] for name in _CACHE_NAMES if kwargs.get(name) is not None), None)
+
+
+def cache_made(output: Any) -> Any:
+    """The key-value cache in a model's output, or None."""
+    if isinstance(output, tuple):
+        return next((part for part in output if hasattr(part, "get_seq_length")), None)
+    return next((found for name in _CACHE_NAMES if (found := getattr(output, name, None)) is not None), None)
 
 
 @functools.cache

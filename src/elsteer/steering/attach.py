@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from elsteer.decoding import STEERED
 from elsteer.errors import SteeringError
-from elsteer.models import decoder_blocks, decoder_of
+from elsteer.models import cache_given, cache_made, decoder_blocks, decoder_of
 from elsteer.steering.inputs import inferred_mask, left_padded, positions, refuse_options
 
 __all__ = ["Move", "Steering"]
@@ -221,11 +221,18 @@ class Steering:
         if inputs is None:
             raise SteeringError("The model was called without input_ids or inputs_embeds: there is nothing to steer.")
         rows, width = inputs.shape[:2]
-        cache = kwargs.get("past_key_values")
+        cache = cache_given(kwargs)
         if torch.compiler.is_compiling():
             self._before_compiled(inputs, rows, width, cache, kwargs)
             return
         seen = 0 if cache is None else int(cache.get_seq_length())
+        mask = kwargs.get("attention_mask")
+        if cache is None and isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] > width:
+            raise SteeringError(
+                f"The attention mask has {mask.shape[1]} columns and the pass {width} tokens, yet no cache was found among the "
+                "model's inputs: this version of transformers passes it in a way that elsteer does not know; install "
+                "another one."
+            )
         if self._given is None and self._end is not None:
             first, last = max(0, self._end - seen), min(width - 1, self._end + self.window - seen)
             if first > last:
@@ -326,7 +333,7 @@ class Steering:
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        cache = _cache_of(output)
+        cache = cache_made(output)
         self._cache = None if cache is None else weakref.ref(cache)
         if self._active is None:
             return
@@ -353,13 +360,6 @@ def _moved_compiled(move: Move, hidden: Tensor, index: Tensor, active: Tensor, s
     delta = move.delta(states.float().flatten(0, 1), strength).view_as(states)
     moved = (states.float() + delta).to(hidden.dtype)
     return hidden.scatter(1, where, torch.where(active[:, :, None], moved, states))
-
-
-def _cache_of(output: Any) -> Any:
-    """The cache that a decoder's output holds, where it has one."""
-    if (cache := getattr(output, "past_key_values", None)) is not None or not isinstance(output, tuple):
-        return cache
-    return next((part for part in output if hasattr(part, "get_seq_length")), None)
 
 
 def _forget_compiled() -> None:

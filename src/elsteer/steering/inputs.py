@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from elsteer.errors import SteeringError
+from elsteer.models import cache_given
 
 __all__ = ["inferred_mask", "left_padded", "positions", "refuse_options"]
 
@@ -67,7 +68,7 @@ def left_padded(kwargs: dict[str, Any], mask: Tensor) -> tuple[dict[str, Any], T
         return kwargs, mask
     width = mask.shape[1]
     index = (torch.arange(width, device=mask.device) + mask.sum(dim=1, keepdim=True)) % width
-    cache = kwargs.get("past_key_values")
+    cache = cache_given(kwargs)
     if (cache is not None and int(cache.get_seq_length())) or not bool((mask.gather(1, index).diff(dim=1) >= 0).all()):
         raise SteeringError("The attention mask has pads behind or between the tokens: pad on the left.")
     turned = {"attention_mask": mask.gather(1, index)}
