@@ -91,7 +91,7 @@ class PromptCaches:
         tokenizer: PreTrainedTokenizerBase,
         prompts: Sequence[Prompt],
         *,
-        batch_size: int = 32,
+        batch_size: int = 64,
         system: str | None = None,
         thinking: bool | None = None,
         room: int = 64,

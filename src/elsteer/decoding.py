@@ -29,6 +29,7 @@ __all__ = [
     "SharedPrefix",
     "batches",
     "decode",
+    "first_logits",
     "plain_model",
     "prefill",
     "score",
@@ -183,6 +184,14 @@ def decode(
             ids = chosen[:, None]
     done.first_logits = first[0] if first else None
     return done
+
+
+def first_logits(model: PreTrainedModel, batch: PromptBatch) -> Tensor:
+    """Logits (B, vocabulary) float32 of each row's first new token. The batch's cache is left as it was.
+
+    It runs as the caller set autograd, and with whatever hooks the model has: for training through the model.
+    """
+    return _forward(model, batch.last, batch.mask, clone(batch.cache)).logits[:, -1].float()
 
 
 def score(

@@ -18,10 +18,10 @@ class CollectSettings(_Settings):
 
     system: str | None = Field(None, description="System prompt put before every chat.")
     thinking: bool | None = Field(None, description="Thinking mode, for chat templates that have one.")
-    batch_size: int = Field(32, ge=1, description="Prompts answered at a time.")
+    batch_size: int = Field(64, ge=1, description="Prompts answered at a time.")
     max_new_tokens: int = Field(48, ge=4, description="Tokens of an answer that the judge sees at most.")
     full_answers: int = Field(
-        1000,
+        600,
         ge=16,
         description="Training prompts answered in full at most; of the others one token, which mostly tells the verdict.",
     )

@@ -98,7 +98,7 @@ def evaluate(
     quality_prompts: int = 200,
     quality_tokens: int = 64,
     max_new_tokens: int = 48,
-    batch_size: int = 32,
+    batch_size: int = 64,
     frontier_png: bytes | None = None,
     progress: Progress | None = None,
     command: str = "",

@@ -21,6 +21,7 @@ from elsteer.models import mirror
 from elsteer.models.blocks import decoder_blocks
 from elsteer.models.cache import sha256_of, weights_digest
 from elsteer.models.hub import cached_snapshot, hub_problem
+from elsteer.models.linear import speed_up_linears
 from elsteer.models.reader import quiet_transformers, read_model
 
 __all__ = ["load", "source_of"]
@@ -88,6 +89,7 @@ def load(
     # Not frozen: for weights without gradients torch copies the output matrix for every row of a batch (aten::bmm instead of
     # mm on the last token's logits), which made a forward pass ten times slower.
     model.eval()
+    speed_up_linears(model)
     if blocks is not None:
         model.elsteer_blocks = blocks
         decoder_blocks(model)

@@ -1,0 +1,64 @@
+"""What the benchmarks share: timing things in turn (A B A B), ratios with their spread, the table and the file of results."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from elsteer.evaluation.figures import Figure, write_figures
+from elsteer.evaluation.statistics import Interval
+
+RESULTS = Path(__file__).resolve().parent.parent / "results" / "bench"
+
+
+def seconds(run: Callable[[], object], least: float = 0.02) -> float:
+    """Seconds of one call, the mean over as many calls as take `least` seconds."""
+    calls, start = 0, time.perf_counter()
+    while True:
+        run()
+        calls += 1
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        passed = time.perf_counter() - start
+        if passed >= least:
+            return passed / calls
+
+
+def in_turn(runs: Mapping[str, Callable[[], object]], repeats: int, least: float = 0.02) -> dict[str, list[float]]:
+    """Seconds of each of `runs`, `repeats` times in turn after one call of each to warm up."""
+    for run in runs.values():
+        run()
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            times[name].append(seconds(run, least))
+    return times
+
+
+def ratio(above: Sequence[float], below: Sequence[float]) -> Interval:
+    """Ratio of the medians; low and high are the least and the greatest ratio of neighbouring runs."""
+    each = [a / b for a, b in zip(above, below, strict=True)]
+    middle = median(above) / median(below)
+    return Interval(middle, min(*each, middle), max(*each, middle), len(each))
+
+
+def show(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """A plain table on the screen."""
+    cells = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(len(row[at]) for row in cells) for at in range(len(header))]
+    for row in cells:
+        sys.stdout.write("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() + "\n")
+    sys.stdout.flush()
+
+
+def keep(name: str, figures: Sequence[Figure]) -> None:
+    """Write the figures to results/bench/NAME.json."""
+    path = RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_figures(path, figures)
+    sys.stdout.write(f"Written to {path.relative_to(RESULTS.parent.parent)}\n")
