@@ -43,7 +43,9 @@ def stand_in(model: PreTrainedModel, print_of: elsteer.models.Fingerprint, layer
         }
         for layer in chosen
     }
-    guards = {layer: torch.nn.functional.normalize(torch.randn(size, 1, generator=generator), dim=0) for layer in chosen}
+    guards = {
+        layer: torch.nn.functional.normalize(torch.randn(size, 1, generator=generator), dim=0) for layer in chosen
+    }
     rule = SteeringRule(layers=tuple(chosen), eta=1e-4 / math.sqrt(size), steps=1, window=0)
     return Landscape(rule, tensors, guards, print_of)
 

@@ -55,7 +55,7 @@ def product(size: int) -> dict[str, Tensor]:
 def main() -> None:
     torch.manual_seed(0)
     big = torch.randn(1 << 25)
-    bandwidth = 2 * big.nbytes / seconds(lambda: big.clone(), 0.5)
+    bandwidth = 2 * big.nbytes / seconds(big.clone, 0.5)
     square = torch.randn(1024, 1024)
     rate = 2 * 1024**3 / seconds(lambda: square @ square, 0.5)
     del big
@@ -121,11 +121,11 @@ def main() -> None:
     for name, label in (("product", "descent.ratio"), ("network", "descent.ratio.network")):
         least = min(ratios[name], key=lambda one: one.value)
         figures.append(
-            Figure.of(
-                label, least, COMMAND, 0, f"random weights, {name} energy", machine(), note="least over the grid"
-            )
+            Figure.of(label, least, COMMAND, 0, f"random weights, {name} energy", machine(), note="least over the grid")
         )
-    show(["energy", "size", "rows", "K", "ours ms", "autograd ms", "paper ms", "floor ms", "/autograd", "/paper"], table)
+    show(
+        ["energy", "size", "rows", "K", "ours ms", "autograd ms", "paper ms", "floor ms", "/autograd", "/paper"], table
+    )
     show(["figure", "value"], [[one.name, f"{one.value:.1f}"] for one in figures[-2:]])
     keep("descent", figures)
 

@@ -1,4 +1,4 @@
-"""Linear layers on the CPU: the product turned round (`elsteer.models.linear`) against torch's own, and what they make of decoding.
+"""Linear layers on the CPU: the product turned round (`elsteer.models.linear`) against torch's own.
 
     .venv/bin/python benchmarks/bench_linear.py
 
@@ -31,7 +31,15 @@ def main() -> None:
             with torch.inference_mode():
                 times = in_turn({"torch": lambda: plain(x), "turned": lambda: fast(x)}, 5)  # noqa: B023
             found = ratio(times["torch"], times["turned"])
-            table.append([name, rows, f"{1e3 * min(times['torch']):.2f}", f"{1e3 * min(times['turned']):.2f}", f"{found.value:.2f}"])
+            table.append(
+                [
+                    name,
+                    rows,
+                    f"{1e3 * min(times['torch']):.2f}",
+                    f"{1e3 * min(times['turned']):.2f}",
+                    f"{found.value:.2f}",
+                ]
+            )
             figures.append(
                 Figure.of(f"linear.{name}.rows{rows}", found, COMMAND, 0, "random weights, float32", machine())
             )

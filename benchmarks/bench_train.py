@@ -95,7 +95,9 @@ def main() -> None:
             f"all layers at once; AUROC {found['product, all at once']:.3f}"
         )
         value = times["paper"] / times["product, all at once"]
-        figures.append(Figure(f"train.ratio.layers{layers}", value, COMMAND, 0, "synthetic states", machine(), note=note))
+        figures.append(
+            Figure(f"train.ratio.layers{layers}", value, COMMAND, 0, "synthetic states", machine(), note=note)
+        )
         for energy in settings:
             over = times[f"{energy}, one by one"] / times[f"{energy}, all at once"]
             figures.append(

@@ -138,6 +138,7 @@ def tiny_settings(**changes: Any) -> FitSettings:
             "dropout": 0.0,
             "benign_weights": [1.0],
             "counterpart": 0.0,
+            "refine_epochs": 0,
         },
         "tuning": {
             "etas": [0.3, 0.9],

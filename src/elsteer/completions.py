@@ -6,6 +6,7 @@ killed run goes on where it was.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -120,6 +121,25 @@ class PromptCaches:
             if self._used + batch.nbytes <= self.keep_bytes:
                 self._kept[key], self._used = batch, self._used + batch.nbytes
             yield batch
+
+    def forget(self) -> None:
+        """Give the memory back."""
+        self._kept, self._used = {}, 0
+
+    def in_memory(self, seed: int = 0) -> list[PromptBatch]:
+        """Batches of all prompts, those that are kept as they are; where `keep_bytes` is too small, of a sample by `seed`."""
+        kept = list(self._kept.values())
+        rest = sorted(set(range(len(self.prompts))) - {row for batch in kept for row in batch.rows})
+        if not rest:
+            return kept
+        first = next(iter(self.batches(rest)))
+        known = [first, *kept]
+        each = sum(batch.nbytes for batch in known) / sum(len(batch.rows) for batch in known)
+        fit = max(self.batch_size, int(self.keep_bytes / each))
+        if fit < len(self.prompts):
+            self._kept, self._used = {}, 0
+            rest, kept = sorted(random.Random(seed).sample(range(len(self.prompts)), fit)), []
+        return [*kept, *self.batches(rest)]
 
 
 def complete(

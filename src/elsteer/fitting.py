@@ -11,11 +11,13 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+import torch
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import elsteer
 from elsteer.completions import Completion, PromptCaches, complete
+from elsteer.energy.refine import SteeredProducts, refine
 from elsteer.errors import NothingHelps, PromptError
 from elsteer.evaluation.plots import frontier_picture
 from elsteer.files import write_atomic, write_jsonl
@@ -77,16 +79,34 @@ def fit(
             raise PromptError(
                 "There is no neutral prompt: give some everyday ones, or None for those that are shipped."
             )
-        train_caches = _caches(model, tokenizer, train_set, settings, keep_bytes=0)
+        product = settings.training.energy == "product" and settings.training.refine_epochs > 0
+        keep = settings.training.refine_memory if product and not settings.shuffle_outcomes else 0
+        train_caches = _caches(model, tokenizer, train_set, settings, keep_bytes=keep)
         dev_caches, neutral_caches = (_caches(model, tokenizer, some, settings) for some in (dev_set, quiet))
         print_of = fingerprint(model, tokenizer, thinking=settings.collect.thinking)
         base_key = key_of(print_of.to_dict(), settings.collect.model_dump(), str(model.dtype))
         _write_inputs(run, settings, train_set, dev_set)
         completions = _collect(run, train_caches, settings, base_key, progress)
         plain = _dev(run, dev_caches, settings, progress)
+        judged = {one.prompt_id: one.label for one in completions}
         completions = _glimpse(run, train_caches, completions, plain, settings, base_key, progress)
         depth = num_layers(model)
-        energies, train_key = train_energies(run, train_set, completions, settings, base_key, depth, progress)
+
+        def through(products: SteeredProducts, weight: float) -> list[float]:
+            return refine(
+                model,
+                train_caches.in_memory(settings.seed),
+                torch.tensor([one.harmful for one in train_set]),
+                [judged.get(one.id) for one in train_set],
+                products,
+                settings.training,
+                benign_weight=weight,
+                seed=settings.seed,
+                progress=_told(progress, "training the energies through the model"),
+            )
+
+        energies, train_key = train_energies(run, train_set, completions, settings, base_key, depth, progress, through)
+        train_caches.forget()
         bases = {weight: one.landscape(print_of) for weight, one in energies.items()}
         trial, tuner = _tune(run, bases, dev_caches, plain, neutral_caches, settings, train_key, energies, progress)
         return _finish(run, tuner, trial, energies, settings, command)

@@ -38,6 +38,17 @@ class TrainingSettings(_Settings):
         description="Form of the energy: product (is refusing due, times does it refuse) or network (trained by InfoNCE).",
     )
     ridge: float = Field(0.01, gt=0, description="L2 penalty of the product energy's regression.")
+    refine_epochs: int = Field(2, ge=0, description="Product: epochs of training through the model; 0: none.")
+    refine_rate: float = Field(1e-3, gt=0, description="Peak learning rate of training through the model.")
+    refine_stay: float = Field(
+        0.1, ge=0, description="Weight of staying as it is where the model is right, in training through the model."
+    )
+    refine_band: tuple[float, float] = Field(
+        (0.42, 0.83), description="Blocks that are trained through the model, from and up to, as shares of the depth."
+    )
+    refine_memory: int = Field(
+        6 << 30, gt=0, description="Bytes of prompt caches for it; of more prompts than fit, a sample is trained on."
+    )
     width: int = Field(128, ge=4, description="Network: width r of its first, linear operation.")
     hidden: tuple[int, ...] = Field((64,), description="Network: widths of the hidden layers after it.")
     layer_norm: bool = Field(True, description="LayerNorm after the first operation.")
@@ -50,7 +61,7 @@ class TrainingSettings(_Settings):
         description="How far the counterpart of a state lies, in mean differences of the outcomes of its kind; 0: none.",
     )
     benign_weights: tuple[Annotated[float, Field(gt=0)], ...] = Field(
-        (1.7, 2.7, 4.0),
+        (2.5, 4.0, 6.0),
         min_length=1,
         description="Weights of the benign half of the loss to try: a higher one turns spare safety into fewer false refusals.",
     )
@@ -68,7 +79,8 @@ class TuningSettings(_Settings):
     """Choosing layers, step length, steps, gate and window on the dev prompts, under the constraints."""
 
     etas: tuple[float, ...] = Field(
-        (0.1, 0.15, 0.2, 0.3), description="Lengths of the whole way to try, in RMS state norms."
+        (0.07, 0.1, 0.14, 0.2),
+        description="Lengths of a step to try, in RMS state norms; 0.1: as trained through the model.",
     )
     band_share: float = Field(0.25, gt=0, le=1, description="Width of the layer bands to try, as a share of the depth.")
     bands: int = Field(
@@ -88,9 +100,9 @@ class TuningSettings(_Settings):
         0.0, description="Share of the false refusals on dev that must go: settings with no more are not taken."
     )
     safety_margin: float = Field(
-        0.02, description="How far harmful refusals on dev must be above the plain model's, as a share of the prompts."
+        0.05, description="How far harmful refusals on dev must be above the plain model's, as a share of the prompts."
     )
-    worst_source: float = Field(-0.02, description="How far they may fall on any one source of 20 prompts or more.")
+    worst_source: float = Field(0.0, description="How far they may fall on any one source of 20 prompts or more.")
     refusal_level: float = Field(
         0.8,
         ge=0,

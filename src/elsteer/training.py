@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from elsteer.completions import Completion, read_completions
+from elsteer.energy.refine import SteeredProducts
 from elsteer.energy.train import harm_direction, train
 from elsteer.errors import RunError
 from elsteer.files import read_jsonl, write_atomic, write_json
@@ -53,6 +55,13 @@ class Energies:
         )
         return Landscape(rule, self.tensors, self.useful_guards(), print_of)
 
+    def asking_for(self, ratio: float) -> Energies:
+        """Product energies for a benign half of `ratio` times the weight: its log is taken off u, the log-odds of harm."""
+        tensors = {layer: dict(found) for layer, found in self.tensors.items()}
+        for found in tensors.values():
+            found["bias"] = found["bias"] - torch.tensor([math.log(ratio), 0.0])
+        return dataclasses.replace(self, tensors=tensors)
+
     def useful_guards(self) -> dict[int, Tensor]:
         """The guards; without any direction where all prompts share one state, as in layer 0 with a fixed template end."""
         return {layer: guard[:, guard.norm(dim=0) > 0.5] for layer, guard in self.guards.items()}
@@ -66,24 +75,62 @@ def train_energies(
     base_key: str,
     depth: int,
     progress: Progress | None = None,
+    through: Callable[[SteeredProducts, float], object] | None = None,
 ) -> tuple[dict[float, Energies], str]:
-    """Energies by weight of the benign half, and the key of the stage. What the run folder holds already is read."""
+    """Energies by weight of the benign half, and the key of the stage. What the run folder holds already is read.
+
+    through: trains product energies through the model, given these and the weight (`elsteer.energy.refine`).
+    """
     labels = [(one.prompt_id, one.label) for one in completions]
-    # Weights are no part of the key: each has a folder of its own, and one more leaves the others as they are.
-    training = settings.training.model_dump(exclude={"benign_weights"})
-    key = key_of(base_key, labels, training, settings.seed, settings.shuffle_outcomes)
+    training, weights = settings.training, settings.training.benign_weights
+    product = training.energy == "product"
+    # Other weights are no part of the key: a product's follow from the first, and each network has a folder of its own.
+    names = training.model_dump(exclude={"benign_weights", "refine_memory"})
+    key = key_of(base_key, labels, names, weights[0] if product else None, settings.seed, settings.shuffle_outcomes)
     run.stage("energy", key, ["energy"])
-    found = {}
-    for weight in settings.training.benign_weights:
+    found: dict[float, Energies] = {}
+    for weight in weights:
+        if product and found:
+            found[weight] = found[weights[0]].asking_for(weight / weights[0])
+            continue
         folder = run / f"energy/{weight:g}"
         if (folder / "training.json").exists():
             found[weight] = read_energies(folder)
             continue
-        found[weight] = _train(
-            run, prompts, completions, settings, depth, weight, progress, shuffle=settings.shuffle_outcomes
-        )
-        save_energies(folder, found[weight])
+        shuffle = settings.shuffle_outcomes
+        energies = _train(run, prompts, completions, settings, depth, weight, progress, shuffle=shuffle)
+        # Shuffled outcomes say nothing of single tokens, which is what training through the model learns from.
+        if product and through is not None and training.refine_epochs and not shuffle:
+            energies = _refined(run, prompts, completions, settings, energies, depth, weight, through)
+        save_energies(folder, energies)
+        found[weight] = energies
     return found, key
+
+
+def _refined(
+    run: RunFolder,
+    prompts: Sequence[Prompt],
+    completions: Sequence[Completion],
+    settings: FitSettings,
+    energies: Energies,
+    depth: int,
+    weight: float,
+    through: Callable[[SteeredProducts, float], object],
+) -> Energies:
+    """The energies of the blocks of `refine_band`, trained through the model."""
+    first, stop = (round(share * depth) for share in settings.training.refine_band)
+    band = range(min(first, depth - 1), max(stop, first + 1))
+    harm = {layer: energies.guards[layer][:, 0] for layer in band}
+    products = SteeredProducts({layer: energies.tensors[layer] for layer in band}, harm)
+    through(products, weight)
+    products.cpu()
+    scored = [(prompt, one) for prompt, one in zip(prompts, completions, strict=True) if one.label != "unscored"]
+    states = StateStore(run / "states").read([prompt.id for prompt, _ in scored], tokens=1)[0][:, 0]
+    harmful = torch.tensor([prompt.harmful for prompt, _ in scored])
+    refused = torch.tensor([one.label == "refusal" for _, one in scored])
+    tensors = products.tensors(states[:, list(band)], harmful, refused)
+    guards = {layer: _guard(harm[layer], tensors[layer]) for layer in band}
+    return dataclasses.replace(energies, tensors=tensors, guards=guards)
 
 
 def _train(

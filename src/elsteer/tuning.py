@@ -156,8 +156,15 @@ class Tuner:
         return [
             self._rule(weight, band, eta, self.settings.guards[0])
             for weight, found in aurocs.items()
-            for band in bands(max(found) + 1, found, self.settings.band_share)
+            for band in self._bands(weight, found)
         ]
+
+    def _bands(self, weight: float, aurocs: dict[int, float]) -> list[tuple[int, ...]]:
+        """Energies that were trained through the model steer together, as they were trained."""
+        base = self.bases[weight]
+        if any("length" in tensors for tensors in base.tensors.values()):
+            return [base.rule.layers]
+        return bands(max(aurocs) + 1, aurocs, self.settings.band_share)
 
     def _fine(self, coarse: list[Trial]) -> list[dict[str, Any]]:
         chosen = [(trial.rule["benign_weight"], tuple(trial.rule["layers"])) for trial in self._ranked(coarse)]

@@ -34,7 +34,8 @@ class Descent(nn.Module):
 
     tensors: the energy model of the layer (`EnergyModels.tensors_of`, `ProductEnergies.tensors_of`); guard: (d, k)
     orthonormal columns, k may be 0.
-    eta: length of one step in units of the layer's root-mean-square state norm, scale * sqrt(d); steps: K.
+    eta: length of one step in units of the layer's root-mean-square state norm, scale * sqrt(d), times the tensor "length"
+    where there is one (energies trained through the model have it, `elsteer.energy.refine`); steps: K.
     gate: tau, rows at or below it stay; None moves every row.
     """
 
@@ -63,11 +64,11 @@ class Descent(nn.Module):
         self.register_buffer("shift", shift.float())
         self.register_buffer("up", guarded.float())
         self.register_buffer("gram", (guarded @ guarded.T).float())
-        rest = {"weight", "bias", "mean", "scale"}
+        rest = {"weight", "bias", "mean", "scale", "length"}
         self._names = [name for name in tensors if name not in rest]
         for name in self._names:
             self.register_buffer(_flat(name), tensors[name].float().clone())
-        self.eta, self.steps, self.gate = eta, steps, gate
+        self.eta, self.steps, self.gate = eta * float(tensors.get("length", 1.0)), steps, gate
         self.reach = TINY if "read_out" in tensors else max(TINY, float(self.gram[1, 1].clamp_min(0).sqrt()))
         self.unit = float(tensors["scale"]) * math.sqrt(weight.shape[1])
 

@@ -1,95 +1,244 @@
 """Training product energies through the model: what counts is what steering by them does to the answer's first token.
 
 Fitted to states alone (`elsteer.energy.product`), an energy knows which states go with which verdict, but not what moving
-them does. Here the frozen model answers: for a training prompt with next-token distribution p after its last token, and w(t)
-the share of refusals among answers that begin with token t, the wanted distribution is the model's own, given the right
-verdict,
+them does. Here the frozen model answers. For a training prompt, p is its plain distribution of the first token after the
+prompt, and w(t) the share of refusals among plain answers that begin with token t. Wanted is the model's own distribution,
+given the right verdict, and sharpened so that tokens that begin both kinds of answer are shunned:
 
-    q(t) ~ p(t) w(t)         harmful prompts
-    q(t) ~ p(t) (1 - w(t))   benign prompts
+    q(t) ~ p(t) w(t)^4             harmful prompts
+    q(t) ~ p(t) (1 - w(t))^4       benign prompts
 
-and the loss is KL(q || p_steered) plus `stay` times KL(p || p_steered) where the model was right before. So a prompt that gets
-the right verdict already asks for no change, and the words with which an answer begins stay the model's own. The gradient
-reaches, through the blocks after them, the directions a (is refusing due) and c (does the model refuse) of every steered
-block, the offset b and the length of the step; no weight of the model is touched.
+The loss is KL(q || p steered), plus `refine_stay` times KL(p || p steered) in so far as the model was right before. So a
+prompt that gets the right verdict already asks for no change, and the words that an answer begins with stay the model's own.
+The gradient reaches, through the blocks after them, the directions a (is refusing due) and c (does the model refuse) of every
+steered block, the offset b and the length of its step. No weight of the model is touched.
 
-Distillation of a conditioned distribution into an intervention on hidden states, as in representation finetuning (ReFT, Wu et
-al. 2024, arXiv 2404.03592), with the intervention held to the form of a guarded energy step: see `elsteer.energy.descent`.
+This is distillation of a conditioned distribution into an intervention on hidden states, as in representation finetuning
+(ReFT, Wu et al. 2024, arXiv 2404.03592), with the intervention held to a guarded step down an energy: `elsteer.energy.descent`.
 
-Shapes: L steered layers, B rows of a batch, V the vocabulary, d the hidden size.
+Shapes: L steered layers, B rows of a batch, N prompts, V the vocabulary, d the hidden size.
 """
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from elsteer.decoding import PromptBatch, first_logits, plain_model
+from elsteer.energy.product import verdict_row
 from elsteer.errors import RunError
 from elsteer.models import decoder_blocks
 from elsteer.settings import TrainingSettings
 
-__all__ = ["SteeredProducts", "refine", "wanted_logs"]
+__all__ = ["AS_TRAINED", "SteeredProducts", "refine"]
+
+AS_TRAINED = 0.1  # the rule's eta at which a step is as long as it was trained to be
+_TOKENS = 256  # of the plain distribution, the likeliest; the rest counts as one token
+_SHARPNESS = 4
+_LEAST = 1e-3  # of w and 1 - w
 
 
 class SteeredProducts(nn.Module):
     """The trainable form of the product energies of `layers`: their directions, offsets and lengths.
 
-    tensors, harm: by layer, as `ProductEnergies.tensors_of` gives them, and the direction (d,) that the guard holds besides a.
-    eta: length of every step at the start, in units of scale * sqrt(d).
+    tensors: by layer, as `ProductEnergies.tensors_of` gives them. harm: by layer, the direction (d,) that the guard holds
+    besides a. length: of every step at the start, in units of AS_TRAINED * scale * sqrt(d).
     """
 
-    def __init__(self, tensors: Mapping[int, dict[str, Tensor]], harm: Mapping[int, Tensor], eta: float) -> None:
+    mean: Tensor
+    scale: Tensor
+    harm: Tensor
+
+    def __init__(
+        self, tensors: Mapping[int, dict[str, Tensor]], harm: Mapping[int, Tensor], length: float = 0.8
+    ) -> None:
         super().__init__()
         self.layers = sorted(tensors)
-        stacked = {name: torch.stack([tensors[at][name].float() for at in self.layers]) for name in tensors[self.layers[0]]}
-        size = stacked["mean"].shape[1]
-        self.register_buffer("mean", stacked["mean"])
-        self.register_buffer("scale", stacked["scale"])
+        names = ("weight", "bias", "mean", "scale")
+        weight, bias, mean, scale = (torch.stack([tensors[at][name].float() for at in self.layers]) for name in names)
+        self.register_buffer("mean", mean)
+        self.register_buffer("scale", scale)
         self.register_buffer("harm", torch.stack([harm[at].float() for at in self.layers]))
-        self.due = nn.Parameter(stacked["weight"][:, 0].clone())  # a
-        self.offset = nn.Parameter(stacked["bias"][:, 0].clone())  # b
-        turn = stacked["weight"][:, 1]
-        self.turn = nn.Parameter(turn / turn.norm(dim=1, keepdim=True).clamp_min(1e-12))  # c
-        self.length = nn.Parameter(torch.full((len(self.layers),), eta))
-        self.unit = math.sqrt(size)
+        self.due = nn.Parameter(weight[:, 0].clone())  # a
+        self.offset = nn.Parameter(bias[:, 0].clone())  # b
+        self.turn = nn.Parameter(nn.functional.normalize(weight[:, 1], dim=1))  # c
+        self.log_length = nn.Parameter(torch.full((len(self.layers),), math.log(length)))
+        self.unit = AS_TRAINED * math.sqrt(mean.shape[1])
 
     def directions(self) -> Tensor:
         """(L, d) unit vectors along P c: what a step goes along."""
         guard = torch.linalg.qr(torch.stack([self.harm, self.due], dim=2)).Q  # (L, d, 2)
         inside = torch.einsum("ld,ldk->lk", self.turn, guard)
-        free = self.turn - torch.einsum("lk,ldk->ld", inside, guard)
-        return free / free.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        return nn.functional.normalize(self.turn - torch.einsum("lk,ldk->ld", inside, guard), dim=1)
 
     def moves(self) -> dict[int, Callable[[Tensor], Tensor]]:
         """By layer, states (B, d) to what is added to them, differentiable."""
-        along = self.directions()
+        along, far = self.directions(), self.log_length.exp() * self.scale * self.unit
 
         def one(at: int) -> Callable[[Tensor], Tensor]:
             def move(states: Tensor) -> Tensor:
                 u = (states.float() - self.mean[at]) / self.scale[at] @ self.due[at] + self.offset[at]
-                far = self.length[at] * self.scale[at] * self.unit * torch.tanh(u)
-                return (far[:, None] * along[at]).to(states.dtype)
+                return ((far[at] * torch.tanh(u))[:, None] * along[at]).to(states.dtype)
 
             return move
 
         return {layer: one(at) for at, layer in enumerate(self.layers)}
 
+    @torch.no_grad()
+    def tensors(self, states: Tensor, harmful: Tensor, refused: Tensor) -> dict[int, dict[str, Tensor]]:
+        """By layer, the tensors of the product energy, its v read off states (n, L, d); harmful, refused: (n,) bool."""
+        found, along = {}, self.directions()
+        for at, layer in enumerate(self.layers):
+            x = (states[:, at].double() - self.mean[at].double()) / self.scale[at].double()
+            c, e = verdict_row(x, along[at].double(), harmful, refused)
+            found[layer] = {
+                "weight": torch.stack([self.due[at].double(), c]).float(),
+                "bias": torch.stack([self.offset[at].double(), e]).float(),
+                "mean": self.mean[at].clone(),
+                "scale": self.scale[at].clone(),
+                "length": self.log_length[at].exp(),
+            }
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Plain:
+    """The plain first token: refusing and the likeliest tokens (B, k); their log shares, last that of all others."""
+
+    tokens: Tensor
+    logs: Tensor  # (B, k + 1)
+
+    @classmethod
+    def of(cls, logits: Tensor, refusing: Tensor) -> _Plain:
+        logs = logits.log_softmax(dim=-1)
+        tokens = (logs + 1e4 * (refusing > 0)).topk(min(_TOKENS, logits.shape[-1] - 1), dim=-1).indices
+        return cls(tokens, _with_rest(logs.gather(1, tokens)))
+
+    def seen_by(self, logits: Tensor) -> Tensor:
+        """Log shares of the same tokens (B, k + 1) in other logits (B, V)."""
+        return _with_rest(logits.log_softmax(dim=-1).gather(1, self.tokens))
+
+
+def _with_rest(logs: Tensor) -> Tensor:
+    rest = (1 - logs.exp().sum(dim=-1, keepdim=True)).clamp_min(1e-6).log()
+    return torch.cat([logs, rest], dim=-1)
+
+
+def refine(
+    model: PreTrainedModel,
+    batches: Sequence[PromptBatch],
+    harmful: Tensor,
+    labels: Sequence[str | None],
+    products: SteeredProducts,
+    settings: TrainingSettings,
+    *,
+    benign_weight: float = 1.0,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[float]:
+    """Train `products` in place, with AdamW and a one-cycle learning rate; the mean loss of each epoch.
+
+    batches: the prompts, prefilled (`PromptBatch.rows` are their places). By place: harmful (N,) bool, and labels, the judge's
+    word on the whole plain answer or None, of which w is made. benign_weight: weight of the benign prompts, all together,
+    over that of the harmful ones. Raises RunError where the loss is not finite.
+    """
+    products.to(model.device)
+    rate, epochs = settings.refine_rate, settings.refine_epochs
+    slow, fast = [products.due, products.turn], [products.offset, products.log_length]
+    optimiser = torch.optim.AdamW([{"params": slow, "lr": rate}, {"params": fast, "lr": 10 * rate}], weight_decay=0.0)
+    total = len(batches) * epochs
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, max_lr=[rate, 10 * rate], total_steps=max(2, len(batches) * epochs), pct_start=0.1
+    )
+    rows = torch.tensor([row for batch in batches for row in batch.rows])
+    share = harmful[rows].float().mean().clamp(1e-6, 1 - 1e-6)
+    weights = torch.where(harmful, 1 / share, benign_weight / (1 - share)) / (1 + benign_weight)
+    generator = torch.Generator().manual_seed(seed)
+    losses: list[float] = []
+
+    def told(done: int) -> None:
+        if progress is not None:
+            progress(done, total)
+
+    with _frozen(model), plain_model(model):
+        refusing = _refusing(model, batches, labels)
+        plain: dict[int, _Plain] = {}
+        for epoch in range(epochs):
+            summed = 0.0
+            for step, number in enumerate(torch.randperm(len(batches), generator=generator).tolist()):
+                batch, places = batches[number], torch.tensor(batches[number].rows)
+                if number not in plain:
+                    with torch.no_grad():
+                        plain[number] = _Plain.of(first_logits(model, batch), refusing)
+                with torch.enable_grad(), _moving(model, products.moves()):
+                    after = plain[number].seen_by(first_logits(model, batch))
+                    each = _losses(
+                        plain[number], after, harmful[places].to(after.device), refusing, settings.refine_stay
+                    )
+                    loss = (weights[places].to(each.device) * each).mean()
+                    optimiser.zero_grad(set_to_none=True)
+                    loss.backward()
+                if not bool(torch.isfinite(loss)):
+                    raise RunError(
+                        "Training the energies through the model gave numbers that are not finite: set a lower "
+                        "--training-refine-rate, or load the model in float32."
+                    )
+                optimiser.step()
+                schedule.step()
+                summed += float(loss.detach())
+                told(len(batches) * epoch + step + 1)
+            losses.append(summed / len(batches))
+    return losses
+
+
+def _refusing(model: PreTrainedModel, batches: Sequence[PromptBatch], labels: Sequence[str | None]) -> Tensor:
+    """w, (V,): of the judged plain answers that begin with a token, the share of refusals; one answer more counts against it."""
+    counts: dict[int, list[int]] = defaultdict(lambda: [0, 0])
+    found = torch.zeros(0)
+    for batch in batches:
+        if not any(labels[place] for place in batch.rows):
+            continue
+        with torch.no_grad():
+            logits = first_logits(model, batch)
+        found = logits.new_zeros(logits.shape[-1])
+        for place, token in zip(batch.rows, logits.argmax(dim=-1).tolist(), strict=True):
+            if labels[place] in ("refusal", "compliance"):
+                counts[token][0] += labels[place] == "refusal"
+                counts[token][1] += 1
+    if not any(refused for refused, _ in counts.values()):
+        raise RunError("There is nothing to learn: of the prompts that were answered in full, none was refused.")
+    for token, (refused, seen) in counts.items():
+        found[token] = refused / (seen + 1)
+    return found
+
+
+def _losses(plain: _Plain, after: Tensor, harmful: Tensor, refusing: Tensor, stay: float) -> Tensor:
+    """(B,) losses of the module's text."""
+    w = torch.cat([refusing[plain.tokens], refusing.new_zeros(len(after), 1)], dim=1)
+    share = torch.where(harmful[:, None], w, 1 - w).clamp_min(_LEAST)
+    wanted = (plain.logs + _SHARPNESS * share.log()).log_softmax(dim=-1)
+    change = (wanted.exp() * (wanted - after)).sum(dim=-1)
+    refuses = (plain.logs.exp() * w).sum(dim=-1)
+    right = torch.where(harmful, refuses, 1 - refuses)
+    return change + stay * right * (plain.logs.exp() * (plain.logs - after)).sum(dim=-1)
+
 
 @contextmanager
-def moving(model: PreTrainedModel, moves: Mapping[int, Callable[[Tensor], Tensor]]) -> Iterator[None]:
-    """While open, the last token of every pass is moved in the blocks of `moves`, within autograd."""
+def _moving(model: PreTrainedModel, moves: Mapping[int, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """While open, the only token of every pass is moved in the blocks of `moves`, within autograd."""
     blocks = decoder_blocks(model)
 
     def hook(move: Callable[[Tensor], Tensor]) -> Callable[..., object]:
         def steer(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> object:
             hidden = args[0] if args else kwargs["hidden_states"]
-            moved = torch.cat([hidden[:, :-1], (hidden[:, -1] + move(hidden[:, -1]))[:, None]], dim=1)
+            moved = hidden + move(hidden[:, -1])[:, None]
             return ((moved, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": moved})
 
         return steer
@@ -103,7 +252,7 @@ def moving(model: PreTrainedModel, moves: Mapping[int, Callable[[Tensor], Tensor
 
 
 @contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
+def _frozen(model: nn.Module) -> Iterator[None]:
     """While open, no weight of `model` asks for a gradient."""
     asked = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in asked:
@@ -113,83 +262,3 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in asked:
             parameter.requires_grad_(True)
-
-
-def wanted_logs(plain: Tensor, harmful: Tensor, refusing: Tensor) -> Tensor:
-    """log q (B, V) of plain logits (B, V), harmful (B,) bool and refusing (V,), the w of the module's text."""
-    share = torch.where(harmful[:, None], refusing, 1 - refusing).clamp_min(1e-9)
-    return (plain.log_softmax(dim=-1) + share.log()).log_softmax(dim=-1)
-
-
-def refine(
-    model: PreTrainedModel,
-    batches: Sequence[PromptBatch],
-    harmful: Tensor,
-    refusing: Tensor,
-    products: SteeredProducts,
-    settings: TrainingSettings,
-    *,
-    seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
-) -> list[float]:
-    """Train `products` in place; the mean loss of each epoch.
-
-    batches: the prompts, prefilled; harmful: (N,) bool by the prompts' places (`PromptBatch.rows`); refusing: (V,) shares of
-    refusals by first token. The kinds weigh the same; batches come in another order each epoch. Raises RunError where the
-    loss is not finite.
-    """
-    groups = [
-        {"params": [products.due, products.turn], "lr": settings.refine_rate},
-        {"params": [products.offset, products.length], "lr": 10 * settings.refine_rate},
-    ]
-    optimiser = torch.optim.AdamW(groups, weight_decay=0.0)
-    total = settings.refine_epochs * len(batches)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, max_lr=[group["lr"] for group in groups], total_steps=max(2, total), pct_start=0.1
-    )
-    shares = {kind: float((harmful == kind).float().mean().clamp_min(1e-6)) for kind in (False, True)}
-    generator = torch.Generator().manual_seed(seed)
-    plain: dict[int, Tensor] = {}
-    losses = []
-    done = 0
-    with frozen(model), plain_model(model):
-        for _ in range(settings.refine_epochs):
-            summed = 0.0
-            for number in torch.randperm(len(batches), generator=generator).tolist():
-                batch = batches[number]
-                if number not in plain:
-                    with torch.no_grad():
-                        plain[number] = first_logits(model, batch).to(torch.float16)
-                before = plain[number].float()
-                kind = harmful[torch.tensor(batch.rows)].to(before.device)
-                with torch.enable_grad(), moving(model, products.moves()):
-                    after = first_logits(model, batch).log_softmax(dim=-1)
-                    loss = _loss(before, after, kind, refusing.to(before.device), shares, settings.refine_stay)
-                    optimiser.zero_grad(set_to_none=True)
-                    loss.backward()
-                if not bool(torch.isfinite(loss)):
-                    raise RunError(
-                        "Training the energies through the model gave numbers that are not finite: set a lower "
-                        "--training-refine-rate, or load the model in float32."
-                    )
-                optimiser.step()
-                schedule.step()
-                summed += float(loss)
-                done += 1
-                if progress is not None:
-                    progress(done, total)
-            losses.append(summed / len(batches))
-    return losses
-
-
-def _loss(
-    before: Tensor, after: Tensor, harmful: Tensor, refusing: Tensor, shares: dict[bool, float], stay: float
-) -> Tensor:
-    wanted = wanted_logs(before, harmful, refusing)
-    change = (wanted.exp() * (wanted - after)).sum(dim=-1)
-    logs = before.log_softmax(dim=-1)
-    refuses = (logs.exp() * refusing).sum(dim=-1)
-    right = torch.where(harmful, refuses, 1 - refuses)
-    kept = (logs.exp() * (logs - after)).sum(dim=-1)
-    weight = torch.where(harmful, 0.5 / shares[True], 0.5 / shares[False])
-    return (weight * (change + stay * right * kept)).mean()

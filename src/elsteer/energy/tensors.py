@@ -27,7 +27,9 @@ def check_tensors(layer: int, tensors: dict[str, Tensor], hidden_size: int) -> N
     }
     if "norm_weight" in tensors or "norm_bias" in tensors:
         wanted |= {"norm_weight": (width,), "norm_bias": (width,)}
-    product = "read_out" not in tensors and width == 2 and tensors.keys() <= wanted.keys()
+    product = "read_out" not in tensors and width == 2 and tensors.keys() <= wanted.keys() | {"length"}
+    if product and "length" in tensors:
+        wanted["length"] = ()
     at = 0
     while (found := tensors.get(f"hidden_weights.{at}")) is not None:
         out = found.shape[0] if found.dim() == 2 else 0
@@ -41,8 +43,9 @@ def check_tensors(layer: int, tensors: dict[str, Tensor], hidden_size: int) -> N
             expected = wanted.get(name, "no such tensor")
             raise LandscapeError(f"The energy model of layer {layer} does not fit: {name} is {shape}, not {expected}.")
         _check_finite(f"{name} of layer {layer}", tensors[name])
-    if not float(tensors["scale"]) > 0:
-        raise LandscapeError(f"The energy model of layer {layer} has a scale that is not above 0.")
+    for name in ("scale", "length"):
+        if name in tensors and not float(tensors[name]) > 0:
+            raise LandscapeError(f"The energy model of layer {layer} has a {name} that is not above 0.")
 
 
 def check_guard(layer: int, guard: Tensor, hidden_size: int) -> None:

@@ -63,8 +63,8 @@ def blocks_path(model: PreTrainedModel, path: str | None = None) -> str:
 def decoder_of(model: PreTrainedModel, path: str | None = None) -> torch.nn.Module:
     """The module that owns the decoder blocks and runs them.
 
-    Its forward takes input_ids or inputs_embeds, attention_mask, position_ids and the cache (`cache_given`). Some families hand it
-    input_ids by position: a hook that wants the names takes them from `named_inputs`.
+    Its forward takes input_ids or inputs_embeds, attention_mask, position_ids and the cache (`cache_given`). Some
+    families hand it input_ids by position: a hook that wants the names takes them from `named_inputs`.
     """
     owner = _find(model, path)[0]
     while owner:

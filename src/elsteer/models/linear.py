@@ -16,7 +16,7 @@ MOST_ROWS = 256
 
 
 class CpuLinear(nn.Linear):
-    """`nn.Linear` with the product turned round for 2 to 256 rows of float32 on the CPU, for frozen weights and outside of compilation."""
+    """`nn.Linear` with the product turned round: 2 to 256 rows of float32 on the CPU, weights frozen, not compiled."""
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
@@ -31,10 +31,8 @@ class CpuLinear(nn.Linear):
         ):
             return super().forward(input)
         turned = input.reshape(rows, -1).t()
-        if self.bias is None:
-            made = torch.mm(self.weight, turned)
-        else:
-            made = torch.addmm(self.bias[:, None], self.weight, turned)
+        bias = self.bias
+        made = self.weight @ turned if bias is None else torch.addmm(bias[:, None], self.weight, turned)
         return made.t().contiguous().view(*input.shape[:-1], self.out_features)
 
 
@@ -45,8 +43,7 @@ def speed_up_linears(model: nn.Module) -> int:
     """
     count = 0
     for module in model.modules():
-        weight = getattr(module, "weight", None)
-        if type(module) is nn.Linear and weight.device.type == "cpu" and weight.dtype == torch.float32:
+        if type(module) is nn.Linear and module.weight.device.type == "cpu" and module.weight.dtype == torch.float32:
             module.__class__ = CpuLinear
             count += 1
     return count

@@ -1,0 +1,170 @@
+"""Training through the model: the steps that are trained are those that a landscape makes, and they do what is asked."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from elsteer.completions import PromptCaches
+from elsteer.decoding import PromptBatch, first_logits
+from elsteer.energy.descent import Descent
+from elsteer.energy.refine import AS_TRAINED, SteeredProducts, _losses, _moving, _Plain, refine
+from elsteer.energy.tensors import check_tensors
+from elsteer.errors import RunError
+from elsteer.settings import TrainingSettings
+from elsteer.training import _guard
+from pipelines import Tiny, some_prompts, speaker
+
+LAYERS, SIZE = (1, 2), 32
+PROMPTS = some_prompts(40)
+HARMFUL = torch.tensor([one.harmful for one in PROMPTS])
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Tiny:
+    return speaker()
+
+
+def products(seed: int = 0) -> SteeredProducts:
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {
+        layer: {
+            "weight": torch.randn(2, SIZE, generator=generator) / SIZE**0.5,
+            "bias": torch.randn(2, generator=generator),
+            "mean": torch.randn(SIZE, generator=generator),
+            "scale": torch.tensor(1.3),
+        }
+        for layer in LAYERS
+    }
+    return SteeredProducts(tensors, {layer: torch.randn(SIZE, generator=generator) for layer in LAYERS})
+
+
+def batches_of(tiny: Tiny) -> list[PromptBatch]:
+    return PromptCaches(*tiny, PROMPTS, batch_size=16).in_memory()
+
+
+def labels_of(tiny: Tiny, batches: list[PromptBatch]) -> list[str | None]:
+    """Tokens of an even number begin refusals."""
+    found: list[str | None] = [None] * len(PROMPTS)
+    with torch.inference_mode():
+        for batch in batches:
+            for place, token in zip(batch.rows, first_logits(tiny[0], batch).argmax(dim=-1).tolist(), strict=True):
+                found[place] = "compliance" if token % 2 else "refusal"
+    return found
+
+
+def test_a_landscape_makes_the_step_that_was_trained() -> None:
+    trained = products()
+    with torch.no_grad():
+        trained.log_length += torch.tensor([0.3, -0.4])
+        trained.turn += 0.1 * torch.randn(trained.turn.shape, generator=torch.Generator().manual_seed(1))
+    states = torch.randn(12, len(LAYERS), SIZE, generator=torch.Generator().manual_seed(2))
+    kinds = torch.tensor([False, True]).repeat(6)
+    verdicts = torch.tensor([False, False, True, True]).repeat(3)
+    found = trained.tensors(states, kinds, verdicts)
+    for at, layer in enumerate(LAYERS):
+        check_tensors(layer, found[layer], SIZE)
+        guard = _guard(trained.harm[at], found[layer])
+        step = Descent(found[layer], eta=AS_TRAINED, steps=1, guard=guard).delta(states[:, at])
+        torch.testing.assert_close(step, trained.moves()[layer](states[:, at]).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_step_leaves_what_the_guard_holds() -> None:
+    trained = products()
+    states = torch.randn(5, SIZE, generator=torch.Generator().manual_seed(3))
+    for at, layer in enumerate(LAYERS):
+        step = trained.moves()[layer](states)
+        for held in (trained.harm[at], trained.due[at]):
+            torch.testing.assert_close(step @ held, torch.zeros(5), atol=1e-4, rtol=0)
+
+
+def test_the_loss_falls_and_no_weight_of_the_model_changes(tiny: Tiny) -> None:
+    model = tiny[0]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    asked = [parameter.requires_grad for parameter in model.parameters()]
+    batches = batches_of(tiny)
+    trained, told = products(), []
+    losses = refine(
+        model,
+        batches,
+        HARMFUL,
+        labels_of(tiny, batches),
+        trained,
+        TrainingSettings(refine_epochs=6, refine_rate=3e-3),
+        progress=lambda done, total: told.append((done, total)),
+    )
+    assert len(losses) == 6
+    assert losses[-1] < losses[0]
+    assert told[-1] == (6 * len(batches), 6 * len(batches))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert [parameter.requires_grad for parameter in model.parameters()] == asked
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_same_seed_trains_the_same(tiny: Tiny) -> None:
+    batches = batches_of(tiny)
+    labels = labels_of(tiny, batches)
+    found = []
+    for _ in range(2):
+        trained = products()
+        refine(tiny[0], batches, HARMFUL, labels, trained, TrainingSettings(refine_epochs=1), seed=3)
+        found.append(trained.due.detach())
+    assert torch.equal(*found)
+
+
+def test_hooks_are_gone_after_an_error(tiny: Tiny) -> None:
+    def fails(states: Tensor) -> Tensor:
+        raise ValueError("no")
+
+    batch = batches_of(tiny)[0]
+    wanted = first_logits(tiny[0], batch)
+    with pytest.raises(ValueError, match="no"), _moving(tiny[0], {1: fails}):
+        first_logits(tiny[0], batch)
+    torch.testing.assert_close(first_logits(tiny[0], batch), wanted)
+
+
+def test_a_loss_that_is_not_finite_is_an_error_that_names_the_way_out(tiny: Tiny) -> None:
+    batches = batches_of(tiny)
+    trained = products()
+    with torch.no_grad():
+        trained.offset.fill_(float("nan"))
+    with pytest.raises(RunError, match="refine-rate"):
+        refine(tiny[0], batches, HARMFUL, labels_of(tiny, batches), trained, TrainingSettings(refine_epochs=1))
+
+
+def test_a_prompt_with_the_right_verdict_asks_for_no_change() -> None:
+    """Token 0 refuses. By hand: a benign prompt that never refuses has q = p, so its own logits lose nothing."""
+    refusing = torch.tensor([1.0, 0.0, 0.0, 0.0])
+    sure = torch.tensor([[-20.0, 1.0, 0.5, -30.0], [20.0, 1.0, 0.5, -30.0]])  # answers; refuses
+    plain = _Plain.of(sure, refusing)
+    harmful = torch.tensor([False, True])
+    right = _losses(plain, plain.seen_by(sure), harmful, refusing, 0.1)
+    wrong = _losses(plain, plain.seen_by(sure), ~harmful, refusing, 0.1)
+    torch.testing.assert_close(right, torch.zeros(2), atol=1e-3, rtol=0)
+    assert float(wrong.min()) > 1
+
+
+def test_tokens_outside_the_likeliest_count_together() -> None:
+    logits = torch.randn(3, 2000, generator=torch.Generator().manual_seed(0))
+    plain = _Plain.of(logits, torch.zeros(2000))
+    assert plain.logs.shape == (3, 257)
+    torch.testing.assert_close(plain.logs.exp().sum(dim=1), torch.ones(3))
+    torch.testing.assert_close(plain.seen_by(logits), plain.logs)
+
+
+def test_of_more_prompts_than_memory_holds_a_sample_is_taken(tiny: Tiny) -> None:
+    caches = PromptCaches(*tiny, PROMPTS, batch_size=4)
+    whole = sum(batch.nbytes for batch in caches.in_memory())
+    small = PromptCaches(*tiny, PROMPTS, batch_size=4, keep_bytes=whole // 3)
+    rows = [row for batch in small.in_memory(seed=1) for row in batch.rows]
+    assert 4 <= len(rows) <= len(PROMPTS) // 2
+    assert len(set(rows)) == len(rows)
+
+
+def test_what_is_in_memory_is_not_prefilled_again(tiny: Tiny) -> None:
+    caches = PromptCaches(*tiny, PROMPTS, batch_size=8)
+    first = [id(batch) for batch in caches.batches(range(16))]
+    found = caches.in_memory()
+    assert {id(batch) for batch in found} > set(first)
+    assert sorted(row for batch in found for row in batch.rows) == list(range(len(PROMPTS)))
