@@ -227,6 +227,54 @@ def test_a_prompt_more_is_answered_alone(tiny: Tiny, tmp_path: Path) -> None:
     assert {json.loads(line)["prompt_id"] for line in after[len(before) :]} == {prompt.id for prompt in fresh}
 
 
+# Trained through the model
+
+THROUGH = tiny_settings(tuning=HELPS, training={"refine_epochs": 2, "refine_band": [0.25, 0.75]})
+
+
+def test_energies_trained_through_the_model_steer_together(tiny: Tiny, tmp_path: Path) -> None:
+    plain = logits(tiny)
+    weights = {name: tensor.clone() for name, tensor in tiny[0].state_dict().items()}
+    with contextlib.suppress(NothingHelps):
+        fitted(tiny, tmp_path, settings=THROUGH)
+    found = Landscape.from_pretrained(tmp_path / "landscape")
+    assert found.rule.layers == (1, 2)
+    assert all(float(found.tensors[layer]["length"]) > 0 for layer in found.rule.layers)
+    assert {tuple(row["trial"]["rule"]["layers"]) for row in rows_of(tmp_path / "frontier.jsonl")} == {(1, 2)}
+    with found.attach(tiny[0], 1.0):
+        assert not torch.equal(logits(tiny), plain)
+    assert torch.equal(logits(tiny), plain)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in tiny[0].state_dict().items())
+    with forward_passes(tiny[0]) as passes, contextlib.suppress(NothingHelps):
+        fitted(tiny, tmp_path, settings=THROUGH)
+    assert passes == []
+
+
+def test_killed_while_training_through_the_model_it_comes_to_the_same_end(tiny: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        fitted(tiny, tmp_path / "a", settings=THROUGH, progress=dies_at("through the model", 3))
+    ends = []
+    for name in ("a", "b"):
+        with contextlib.suppress(NothingHelps):
+            fitted(tiny, tmp_path / name, settings=THROUGH)
+        ends.append(Landscape.from_pretrained(tmp_path / name / "landscape"))
+    assert ends[0].rule == ends[1].rule
+    for layer in ends[0].rule.layers:
+        torch.testing.assert_close(ends[0].tensors[layer], ends[1].tensors[layer], atol=1e-3, rtol=1e-3)
+
+
+def test_shuffled_outcomes_are_not_trained_through_the_model(tiny: Tiny, tmp_path: Path) -> None:
+    stages: list[str] = []
+    with contextlib.suppress(NothingHelps):
+        fitted(
+            tiny,
+            tmp_path,
+            settings=THROUGH.model_copy(update={"shuffle_outcomes": True}),
+            progress=lambda stage, done, total: stages.append(stage),
+        )
+    assert not any("through the model" in stage for stage in stages)
+
+
 # What depends on what
 
 
@@ -383,13 +431,32 @@ def test_damaged_energies_are_told(tiny: Tiny, tmp_path: Path) -> None:
         fitted(tiny, tmp_path)
 
 
-def test_one_more_weight_of_the_benign_half_leaves_the_others_as_they_are(tiny: Tiny, tmp_path: Path) -> None:
+def test_a_product_s_energies_for_one_more_weight_follow_from_the_first(tiny: Tiny, tmp_path: Path) -> None:
     fitted(tiny, tmp_path)
-    first = tmp_path / "energy/1/energies.safetensors"
-    before = (first.stat().st_mtime_ns, first.read_bytes())
     more = tiny_settings(tuning=HELPS, training={"benign_weights": [1.0, 3.0]})
     stages: list[str] = []
     found = fitted(tiny, tmp_path, settings=more, progress=lambda stage, done, total: stages.append(stage))
+    assert not any("training the" in stage for stage in stages)
+    assert {row["trial"]["rule"]["benign_weight"] for row in rows_of(tmp_path / "frontier.jsonl")} == {1.0, 3.0}
+    first = read_energies(tmp_path / "energy/1")
+    for layer, tensors in first.asking_for(3.0).tensors.items():
+        before = first.tensors[layer]["bias"]
+        torch.testing.assert_close(tensors["bias"], before - torch.tensor([math.log(3.0), 0.0]))
+        if found.provenance["dev"]["rule"]["benign_weight"] == 3.0 and layer in found.rule.layers:
+            assert torch.equal(found.tensors[layer]["bias"], tensors["bias"])
+
+
+def test_one_more_weight_leaves_the_networks_of_the_others_as_they_are(tiny: Tiny, tmp_path: Path) -> None:
+    network = {"energy": "network", "epochs": 4}
+    with contextlib.suppress(NothingHelps):
+        fitted(tiny, tmp_path, settings=tiny_settings(tuning=HELPS, training=network))
+    first = tmp_path / "energy/1/energies.safetensors"
+    before = (first.stat().st_mtime_ns, first.read_bytes())
+    more = tiny_settings(tuning=HELPS, training={**network, "benign_weights": [1.0, 3.0]})
+    stages: list[str] = []
+    with contextlib.suppress(NothingHelps):
+        fitted(tiny, tmp_path, settings=more, progress=lambda stage, done, total: stages.append(stage))
+    found = Landscape.from_pretrained(tmp_path / "landscape")
     assert (first.stat().st_mtime_ns, first.read_bytes()) == before
     assert first.read_bytes() != (tmp_path / "energy/3/energies.safetensors").read_bytes()
     assert {stage for stage in stages if "training the" in stage} == {"training the energy models, benign weight 3"}

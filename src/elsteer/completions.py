@@ -112,8 +112,7 @@ class PromptCaches:
             return
         if self._shared is None:
             self._shared = share_prefix(self.model, self.ids)
-        for group in batches([self.ids[place] for place in chosen], self.batch_size):
-            key = tuple(chosen[at] for at in group)
+        for key in self._keys(chosen):
             if (kept := self._kept.get(key)) is not None:
                 yield kept
                 continue
@@ -126,20 +125,27 @@ class PromptCaches:
         """Give the memory back."""
         self._kept, self._used = {}, 0
 
-    def in_memory(self, seed: int = 0) -> list[PromptBatch]:
-        """Batches of all prompts, those that are kept as they are; where `keep_bytes` is too small, of a sample by `seed`."""
-        kept = list(self._kept.values())
-        rest = sorted(set(range(len(self.prompts))) - {row for batch in kept for row in batch.rows})
-        if not rest:
-            return kept
-        first = next(iter(self.batches(rest)))
-        known = [first, *kept]
-        each = sum(batch.nbytes for batch in known) / sum(len(batch.rows) for batch in known)
-        fit = max(self.batch_size, int(self.keep_bytes / each))
-        if fit < len(self.prompts):
-            self._kept, self._used = {}, 0
-            rest, kept = sorted(random.Random(seed).sample(range(len(self.prompts)), fit)), []
-        return [*kept, *self.batches(rest)]
+    def in_memory(self, groups: Sequence[Sequence[int]], seed: int = 0) -> list[PromptBatch]:
+        """Batches of the places of each group, as `batches` makes them, all held at once; those that are kept are taken.
+
+        Where `keep_bytes` is too small for all of them, batches of a sample by `seed`.
+        """
+        places = sorted(place for group in groups for place in group)
+        keys = {key for group in groups for key in self._keys(group)}
+        for key in set(self._kept) - keys:
+            self._used -= self._kept.pop(key).nbytes
+        if not self._kept:
+            next(iter(self.batches(groups[0])))
+        each = self._used / max(1, sum(len(key) for key in self._kept))
+        fit = max(self.batch_size, int(self.keep_bytes / each)) if each else self.batch_size  # none was kept: none fits
+        if fit < len(places):
+            self.forget()
+            groups = [sorted(random.Random(seed).sample(places, fit))]
+        return [batch for group in groups for batch in self.batches(group)]
+
+    def _keys(self, places: Sequence[int]) -> list[tuple[int, ...]]:
+        groups = batches([self.ids[place] for place in places], self.batch_size)
+        return [tuple(places[at] for at in group) for group in groups]
 
 
 def complete(

@@ -24,20 +24,23 @@ from elsteer.landscape import Landscape
 from elsteer.models import left_pad, load
 from elsteer.prompts import load_starter
 from elsteer.run import key_of
-from elsteer.settings import CollectSettings, FitSettings, TrainingSettings, TuningSettings
+from elsteer.settings import CollectSettings, FitSettings, TuningSettings
 
 __all__ = ["DemoResult", "decode_overhead", "demo", "fast_dtype"]
 
 Progress = Callable[[str, int, int], None]
 MODEL = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
 
-# A fit that two cores finish in minutes: `elsteer fit` answers more prompts in full and tries more settings.
+# A fit that two cores finish in minutes: `elsteer fit` takes more prompts, answers more of them in full and tries more settings.
 SETTINGS = FitSettings(
-    dev_limit=240,
-    collect=CollectSettings(full_answers=400),
-    training=TrainingSettings(benign_weights=(1.7, 2.7)),
-    tuning=TuningSettings(etas=(0.1, 0.15, 0.2), bands=2),
+    limit=640,
+    dev_limit=180,
+    collect=CollectSettings(full_answers=240),
+    tuning=TuningSettings(
+        etas=(0.1, 0.14), bands=2, finalists=1, quality_prompts=16, quality_tokens=24, neutral_prompts=10
+    ),
 )
+TEST_PROMPTS = 200  # held-out starter prompts that are answered
 
 
 @dataclass
@@ -115,7 +118,8 @@ def _evaluate(
         ["none", landscape],
         ["starter"],
         run_dir=run_dir,
-        quality_prompts=48,
+        limit=TEST_PROMPTS,
+        quality_prompts=24,
         quality_tokens=40,
         frontier_png=frontier.read_bytes() if frontier.exists() else None,
         progress=progress,
@@ -189,6 +193,7 @@ def _overhead(
         model,
         tokenizer,
         landscape,
+        new_tokens=32,
         progress=None if progress is None else lambda done, total: progress("timing the decoding", done, total),
     )
     write_json(path, {"key": key, "value": found.value, "low": found.low, "high": found.high, "n": found.n})

@@ -89,13 +89,15 @@ def fit(
         completions = _collect(run, train_caches, settings, base_key, progress)
         plain = _dev(run, dev_caches, settings, progress)
         judged = {one.prompt_id: one.label for one in completions}
+        full = _in_full(train_set, settings)
+        rest = sorted(set(range(len(train_set))) - set(full))  # the groups in which both were answered
         completions = _glimpse(run, train_caches, completions, plain, settings, base_key, progress)
         depth = num_layers(model)
 
         def through(products: SteeredProducts, weight: float) -> list[float]:
             return refine(
                 model,
-                train_caches.in_memory(settings.seed),
+                train_caches.in_memory([full, rest] if rest else [full], settings.seed),
                 torch.tensor([one.harmful for one in train_set]),
                 [judged.get(one.id) for one in train_set],
                 products,

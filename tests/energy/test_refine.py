@@ -41,7 +41,7 @@ def products(seed: int = 0) -> SteeredProducts:
 
 
 def batches_of(tiny: Tiny) -> list[PromptBatch]:
-    return PromptCaches(*tiny, PROMPTS, batch_size=16).in_memory()
+    return list(PromptCaches(*tiny, PROMPTS, batch_size=16).batches())
 
 
 def labels_of(tiny: Tiny, batches: list[PromptBatch]) -> list[str | None]:
@@ -154,17 +154,23 @@ def test_tokens_outside_the_likeliest_count_together() -> None:
 
 
 def test_of_more_prompts_than_memory_holds_a_sample_is_taken(tiny: Tiny) -> None:
+    every = list(range(len(PROMPTS)))
     caches = PromptCaches(*tiny, PROMPTS, batch_size=4)
-    whole = sum(batch.nbytes for batch in caches.in_memory())
-    small = PromptCaches(*tiny, PROMPTS, batch_size=4, keep_bytes=whole // 3)
-    rows = [row for batch in small.in_memory(seed=1) for row in batch.rows]
-    assert 4 <= len(rows) <= len(PROMPTS) // 2
-    assert len(set(rows)) == len(rows)
+    whole = sum(batch.nbytes for batch in caches.in_memory([every]))
+    for keep_bytes in (whole // 3, 1):
+        small = PromptCaches(*tiny, PROMPTS, batch_size=4, keep_bytes=keep_bytes)
+        rows = [row for batch in small.in_memory([every], seed=1) for row in batch.rows]
+        assert 4 <= len(rows) <= len(PROMPTS) // 2
+        assert len(set(rows)) == len(rows)
 
 
 def test_what_is_in_memory_is_not_prefilled_again(tiny: Tiny) -> None:
     caches = PromptCaches(*tiny, PROMPTS, batch_size=8)
-    first = [id(batch) for batch in caches.batches(range(16))]
-    found = caches.in_memory()
-    assert {id(batch) for batch in found} > set(first)
+    groups = [list(range(16)), list(range(16, len(PROMPTS)))]
+    first = {id(batch) for batch in caches.batches(groups[0])}
+    list(caches.batches(range(20, 30)))  # an interrupted run grouped them otherwise
+    found = caches.in_memory(groups)
+    assert {id(batch) for batch in found} > first
     assert sorted(row for batch in found for row in batch.rows) == list(range(len(PROMPTS)))
+    fresh = PromptCaches(*tiny, PROMPTS, batch_size=8).in_memory(groups)
+    assert [batch.rows for batch in found] == [batch.rows for batch in fresh]

@@ -30,7 +30,7 @@ SUITE_ROWS = 16
 SETTINGS = FitSettings.model_validate(
     {
         "collect": {"batch_size": 16, "max_new_tokens": 24, "state_tokens": 2},
-        "training": {"width": 32, "hidden": [16], "epochs": 8, "batch_per_outcome": 16},
+        "training": {"refine_epochs": 1, "benign_weights": [2.5]},
         "tuning": {
             "etas": [0.12],
             "steps": [1],
@@ -134,7 +134,8 @@ def test_the_run_folder_is_whole(landscape: Landscape, run_dir: Path) -> None:
     assert (run_dir / "frontier.png").exists()
     assert landscape.fingerprint.name == MODEL
     assert (landscape.fingerprint.num_layers, landscape.fingerprint.hidden_size) == (24, 896)
-    assert len(landscape.rule.layers) == 8
+    assert landscape.rule.layers == tuple(range(10, 20))  # trained through the model, so they steer together
+    assert all("length" in tensors for tensors in landscape.tensors.values())
     assert len(TRAIN) / 2 < sum(landscape.provenance["outcomes"].values()) <= len(TRAIN)
 
 
