@@ -66,11 +66,11 @@ def text(figures: dict[str, Figure]) -> str:
     ratio, slower = figures["quality.perplexity_ratio"], figures["decode.overhead"]
     lines += [
         "",
-        f"The harmful prompts of both sets together: {points(both)} points of refusals, n {both.n}. Controls, of the false "
-        f"refusals on both benign sets: a random direction of the same length removes {share(random)}, energies of shuffled outcomes "
-        f"{share(shuffled)}. Perplexity of the steered answers under the plain model: {ratio.value:.3f} times the plain "
-        f"ones' ({ratio.low:.3f} to {ratio.high:.3f}, n {ratio.n}). Decoding 64 tokens, batch 8: {slower.value:.3f} times the plain time "
-        f"({slower.low:.3f} to {slower.high:.3f}).",
+        f"The harmful prompts of both sets together: {points(both)} points of refusals, n {both.n}. Controls, of the false",
+        f"refusals on both benign sets: a random direction of the same length removes {share(random)}, energies of",
+        f"shuffled outcomes {share(shuffled)}. Perplexity of the steered answers under the plain model: {ratio.value:.3f} times",
+        f"the plain ones' ({ratio.low:.3f} to {ratio.high:.3f}, n {ratio.n}). Decoding 64 tokens, batch 8:",
+        f"{slower.value:.3f} times the plain time ({slower.low:.3f} to {slower.high:.3f}).",
     ]
     return "\n".join(lines)
 
