@@ -334,12 +334,13 @@ def test_from_python_errors_are_raised() -> None:
 
 def test_ctrl_c_in_every_stage_of_fit_loses_no_finished_row(here: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    words = ["fit", *_both(here), "--run-dir", run, *FAST, "--training-epochs", "60", "--training-patience", "60"]
+    words = ["fit", *_both(here), "--run-dir", run, *FAST, "--training-refine-epochs", "60"]
     stages: list[Callable[[str], bool]] = [
         lambda said: "Loading" in said,
         lambda said: 0 < len(_rows(run / "completions.jsonl")) < 106,
         lambda said: 0 < len(_rows(run / "dev.jsonl")) < 45,
         lambda said: "training the energy models" in said,
+        lambda said: "training the energies through the model" in said,
         lambda said: "screening settings" in said and len(_rows(run / "frontier.jsonl")) > 0,
     ]
     kept: dict[str, list[dict[str, object]]] = {}
@@ -356,7 +357,7 @@ def test_ctrl_c_in_every_stage_of_fit_loses_no_finished_row(here: Path, tmp_path
     assert len(kept["completions.jsonl"]) == 106
     last = elsteer(*words)
     assert last.exit_code in (0, 3), last.stderr
-    assert "training the energy models" not in last.stderr, "what was finished is not done again"
+    assert "training the energ" not in last.stderr, "what was finished is not done again"
     for name, rows in kept.items():
         assert _rows(run / name)[: len(rows)] == rows
     assert len(_rows(run / "completions.jsonl")) == 106

@@ -12,9 +12,11 @@ from elsteer.energy.descent import Descent
 from elsteer.energy.refine import AS_TRAINED, SteeredProducts, _losses, _moving, _Plain, refine
 from elsteer.energy.tensors import check_tensors
 from elsteer.errors import RunError
+from elsteer.models import hidden_size, num_layers
 from elsteer.settings import TrainingSettings
 from elsteer.training import _guard
 from pipelines import Tiny, some_prompts, speaker
+from tiny import FAMILIES
 
 LAYERS, SIZE = (1, 2), 32
 PROMPTS = some_prompts(40)
@@ -174,3 +176,24 @@ def test_what_is_in_memory_is_not_prefilled_again(tiny: Tiny) -> None:
     assert sorted(row for batch in found for row in batch.rows) == list(range(len(PROMPTS)))
     fresh = PromptCaches(*tiny, PROMPTS, batch_size=8).in_memory(groups)
     assert [batch.rows for batch in found] == [batch.rows for batch in fresh]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_can_be_trained_through(family: str) -> None:
+    model, tokenizer = speaker(family)
+    size, depth = hidden_size(model), num_layers(model)
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        depth - 2: {
+            "weight": torch.randn(2, size, generator=generator) / size**0.5,
+            "bias": torch.randn(2, generator=generator),
+            "mean": torch.zeros(size),
+            "scale": torch.tensor(1.0),
+        }
+    }
+    trained = SteeredProducts(tensors, {depth - 2: torch.randn(size, generator=generator)})
+    batches = list(PromptCaches(model, tokenizer, PROMPTS, batch_size=20).batches())
+    before = trained.turn.detach().clone()
+    settings = TrainingSettings(refine_epochs=1, refine_rate=1e-2)
+    refine(model, batches, HARMFUL, labels_of((model, tokenizer), batches), trained, settings)
+    assert not torch.equal(trained.turn.detach(), before)

@@ -79,13 +79,16 @@ class SteeredProducts(nn.Module):
         return nn.functional.normalize(self.turn - torch.einsum("lk,ldk->ld", inside, guard), dim=1)
 
     def moves(self) -> dict[int, Callable[[Tensor], Tensor]]:
-        """By layer, states (B, d) to what is added to them, differentiable."""
-        along, far = self.directions(), self.log_length.exp() * self.scale * self.unit
+        """By layer, states (B, d) to what is added to them, differentiable; on the states' device."""
+        steps = (self.log_length.exp() * self.scale * self.unit)[:, None] * self.directions()
 
         def one(at: int) -> Callable[[Tensor], Tensor]:
+            parts = self.mean[at], self.scale[at], self.due[at], self.offset[at], steps[at]
+
             def move(states: Tensor) -> Tensor:
-                u = (states.float() - self.mean[at]) / self.scale[at] @ self.due[at] + self.offset[at]
-                return ((far[at] * torch.tanh(u))[:, None] * along[at]).to(states.dtype)
+                mean, scale, due, offset, step = (part.to(states.device) for part in parts)
+                u = (states.float() - mean) / scale @ due + offset
+                return (torch.tanh(u)[:, None] * step).to(states.dtype)
 
             return move
 
