@@ -124,6 +124,7 @@ class Tuner:
         self._openers: dict[int, float] | None = None
         self._plain_answers: dict[str, Answer] = {}
         self._plain_neutral: dict[str, Answer] = {}
+        self._plain_logits: dict[tuple[int, ...], list[Tensor]] = {}
 
     def search(self, aurocs: dict[float, dict[int, float]]) -> Trial | None:
         """The best trial that breaks no constraint and removes false refusals, or None. aurocs: by weight and layer."""
@@ -280,7 +281,13 @@ class Tuner:
         if not self._plain_neutral:
             self._plain_neutral = self._at_length(self.neutral, range(len(self.neutral.prompts)), None)
         with self.landscape(rule).attach(self.dev.model) as steering:
-            kls = kl_to_plain(self.neutral, self._plain_neutral, steering=steering, tokens=self.settings.quality_tokens)
+            kls = kl_to_plain(
+                self.neutral,
+                self._plain_neutral,
+                steering=steering,
+                tokens=self.settings.quality_tokens,
+                plain=self._plain_logits,
+            )
         return sum(kls.values()) / len(kls)
 
     def _verdicts(self, rule: dict[str, Any]) -> Trial:

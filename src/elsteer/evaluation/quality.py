@@ -102,12 +102,22 @@ def kl_to_plain(
     *,
     steering: Steering,
     tokens: int = 32,
+    plain: dict[tuple[int, ...], list[Tensor]] | None = None,
 ) -> dict[str, float]:
-    """Mean KL(plain || steered) per token, in nats, of each prompt of `caches`, along the plain `answers`' first `tokens`."""
+    """Mean KL(plain || steered) per token, in nats, of each prompt of `caches`, along the plain `answers`' first `tokens`.
+
+    plain: keeps the plain logits, in float16, for the next call with the same tokens.
+    """
     found = {}
     for batch in caches.batches():
         given = [answers[caches.prompts[place].id].tokens[:tokens] or [0] for place in batch.rows]
-        before = score(caches.model, batch, given)
+        key = tuple(batch.rows)
+        if plain is None:
+            before = score(caches.model, batch, given)
+        else:
+            if key not in plain:
+                plain[key] = [one.half() for one in score(caches.model, batch, given)]
+            before = [one.float() for one in plain[key]]
         after = score(caches.model, batch, given, steering=steering)
         for place, p, q in zip(batch.rows, before, after, strict=True):
             found[caches.prompts[place].id] = float(_kl(p, q))
