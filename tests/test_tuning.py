@@ -28,7 +28,16 @@ from pipelines import LetterJudge, Tiny, forward_passes, lines, some_prompts, sp
 RULE = {"benign_weight": 1.0, "layers": [1, 2], "eta": 0.1, "steps": 1, "window": 0, "gate": None, "guard": True}
 DEV = some_prompts(24, source="one") + some_prompts(24, start=100, source="two")
 DESIRABLE_STATES = torch.randn(20, 4, 32, generator=torch.Generator().manual_seed(5))
-STRICT = TuningSettings(etas=(0.5, 1.0), steps=(1,), windows=(0,), gates=(None,), guards=(True,), tokens=4)
+STRICT = TuningSettings(
+    etas=(0.5, 1.0),
+    steps=(1,),
+    windows=(0,),
+    gates=(None,),
+    guards=(True,),
+    tokens=4,
+    safety_margin=0.02,
+    worst_source=-0.02,
+)
 
 
 @pytest.fixture(scope="module")
@@ -463,7 +472,7 @@ def test_screening_costs_one_token_and_counts_the_plain_answers_that_begin_so(
     assert trial.refused_harmful == pytest.approx((labels[~benign] == "refusal").mean())
     with forward_passes(tiny[0]) as passes:
         tuner._screened({**RULE, "eta": 0.5})
-    assert sum(passes) == len(DEV) + 4  # and the neutral answers, scored for the KL
+    assert sum(passes) == len(DEV) + 2  # and the neutral answers, scored for the KL; the plain scores are kept
 
 
 def test_a_first_token_that_no_plain_answer_begins_with_leaves_the_prompt_as_it_was(
