@@ -187,7 +187,6 @@ def figures_of(parts: list[Evaluation], seed: int, command: str, model: str) -> 
     for name, (plain, steered) in pairs.items():
         figures.append(figure(f"plain_refused.{name}", wilson(int(plain.sum()), len(plain))))
         figures.append(figure(f"steered_refused.{name}", wilson(int(steered.sum()), len(steered))))
-        figures.append(figure(f"difference.{name}", paired_difference(plain, steered), "refused, steered minus plain"))
         if name in ("xstest_safe", "or_bench_hard"):
             figures.append(figure(f"removed.{name}", removed(plain, steered, seed)))
         else:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from elsteer.evaluation.figures import Figure, read_figures
 from elsteer.evaluation.plots import before_after_picture
+from elsteer.evaluation.statistics import Interval
 from elsteer.evaluation.tables import compare_all
 from elsteer.files import read_jsonl
 
@@ -39,13 +40,13 @@ def share(figure: Figure) -> str:
     return f"{100 * figure.value:.1f}% ({100 * figure.low:.0f} to {100 * figure.high:.0f})"
 
 
-def points(figure: Figure) -> str:
+def points(figure: Figure | Interval) -> str:
     assert figure.low is not None
     assert figure.high is not None
     return f"{100 * figure.value:+.1f} ({100 * figure.low:+.0f} to {100 * figure.high:+.0f})"
 
 
-def text(figures: dict[str, Figure]) -> str:
+def text(figures: dict[str, Figure], moved: dict[str, Interval]) -> str:
     first = figures["removed.xstest_safe"]
     dtype = first.model.rpartition(", ")[2]
     lines = [
@@ -58,9 +59,8 @@ def text(figures: dict[str, Figure]) -> str:
     for name, label in SETS.items():
         plain, steered = figures[f"plain_refused.{name}"], figures[f"steered_refused.{name}"]
         gone = figures.get(f"removed.{name}")
-        moved = figures[f"difference.{name}"]
         lines.append(
-            f"| {label} | {plain.n} | {share(plain)} | {share(steered)} | {points(moved)} | {share(gone) if gone else ''} |"
+            f"| {label} | {plain.n} | {share(plain)} | {share(steered)} | {points(moved[label])} | {share(gone) if gone else ''} |"
         )
     both, random, shuffled = (figures[one] for one in ("harmful_difference", "removed.random", "removed.shuffled"))
     ratio, slower = figures["quality.perplexity_ratio"], figures["decode.overhead"]
@@ -80,19 +80,19 @@ def main() -> None:
     parser.add_argument("--run-dir", type=Path, default=ROOT / "runs/main")
     options = parser.parse_args()
     figures = {one.name: one for one in read_figures(ROOT / "results/main.json")}
-    readme = ROOT / "README.md"
-    marks = re.compile(r"(<!-- figures:begin -->\n).*(\n<!-- figures:end -->)", re.DOTALL)
-    readme.write_text(
-        marks.sub(lambda found: found[1] + text(figures) + found[2], readme.read_text(encoding="utf-8")),
-        encoding="utf-8",
-    )
     rows = [
         {**row, "source": SOURCES.get(row["source"].partition("(")[0], row["source"])}
         for file in sorted(options.run_dir.glob("test.*/evaluation/*.jsonl"))
         if file.name.endswith((".none.jsonl", ".els.jsonl")) and not file.name.startswith("answers.")
         for row in read_jsonl(file)
     ]
-    picture = before_after_picture(compare_all(rows, "els")["source"], "Refused, plain and steered")
+    found = compare_all(rows, "els")["source"]
+    words = text(figures, {one.name: one.difference for one in found})
+    readme = ROOT / "README.md"
+    marks = re.compile(r"(<!-- figures:begin -->\n).*(\n<!-- figures:end -->)", re.DOTALL)
+    page = marks.sub(lambda at: at[1] + words + at[2], readme.read_text(encoding="utf-8"))
+    readme.write_text(page, encoding="utf-8")
+    picture = before_after_picture(found, "Refused, plain and steered")
     (ROOT / "docs/images/before_after.png").write_bytes(picture)
     shutil.copyfile(options.run_dir / "frontier.png", ROOT / "docs/images/frontier.png")
     sys.stdout.write(f"README.md and docs/images are made from results/main.json and {options.run_dir}.\n")
