@@ -59,9 +59,8 @@ def text(figures: dict[str, Figure], moved: dict[str, Interval]) -> str:
     for name, label in SETS.items():
         plain, steered = figures[f"plain_refused.{name}"], figures[f"steered_refused.{name}"]
         gone = figures.get(f"removed.{name}")
-        lines.append(
-            f"| {label} | {plain.n} | {share(plain)} | {share(steered)} | {points(moved[label])} | {share(gone) if gone else ''} |"
-        )
+        cells = [label, str(plain.n), share(plain), share(steered), points(moved[label]), share(gone) if gone else ""]
+        lines.append(f"| {' | '.join(cells)} |")
     both, random, shuffled = (figures[one] for one in ("harmful_difference", "removed.random", "removed.shuffled"))
     ratio, slower = figures["quality.perplexity_ratio"], figures["decode.overhead"]
     lines += [
