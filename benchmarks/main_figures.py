@@ -140,7 +140,7 @@ def main() -> int:
                 limit=limit,
                 seed=seed,
                 quality=suite == "xstest",
-                quality_prompts=250,
+                quality_prompts=64,
                 progress=progress,
                 command=command,
             )
