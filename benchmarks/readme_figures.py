@@ -71,6 +71,12 @@ def text(figures: dict[str, Figure], moved: dict[str, Interval]) -> str:
         f"the plain ones' ({ratio.low:.3f} to {ratio.high:.3f}, n {ratio.n}). Decoding 64 tokens, batch 8:",
         f"{slower.value:.3f} times the plain time ({slower.low:.3f} to {slower.high:.3f}).",
     ]
+    lost = [label for name, label in SETS.items() if f"removed.{name}" not in figures and moved[label].high < 0]
+    if lost:
+        lines += [
+            "",
+            f"**Safety is not kept on {' and '.join(lost)}**, whatever the sum says: measure on prompts like your own.",
+        ]
     return "\n".join(lines)
 
 
