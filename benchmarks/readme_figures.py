@@ -27,10 +27,10 @@ SETS = {
     "xstest_unsafe": "XSTest unsafe",
 }
 SOURCES = {
-    "xstest_safe": "XSTest safe",
-    "xstest_unsafe": "XSTest unsafe",
-    "orbench_hard": "OR-Bench-hard",
-    "harmbench_test_standard": "HarmBench",
+    "xstest-safe": "XSTest safe",
+    "xstest-unsafe": "XSTest unsafe",
+    "or-bench-hard": "OR-Bench-hard",
+    "harmbench": "HarmBench",
 }
 
 
