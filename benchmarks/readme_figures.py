@@ -16,7 +16,7 @@ from pathlib import Path
 from elsteer.evaluation.figures import Figure, read_figures
 from elsteer.evaluation.plots import before_after_picture
 from elsteer.evaluation.statistics import Interval
-from elsteer.evaluation.tables import compare_all
+from elsteer.evaluation.tables import compare
 from elsteer.files import read_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,7 +91,7 @@ def main() -> None:
         if file.name.endswith((".none.jsonl", ".els.jsonl")) and not file.name.startswith("answers.")
         for row in read_jsonl(file)
     ]
-    found = compare_all(rows, "els")["source"]
+    found = compare(rows, "els", by=("source",))
     words = text(figures, {one.name: one.difference for one in found})
     readme = ROOT / "README.md"
     marks = re.compile(r"(<!-- figures:begin -->\n).*(\n<!-- figures:end -->)", re.DOTALL)
