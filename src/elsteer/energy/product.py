@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from elsteer.energy.standard import standardised
 
-__all__ = ["ProductEnergies", "product_energy", "product_slope", "verdict_row"]
+__all__ = ["ProductEnergies", "product_energy", "product_slope", "verdict_means", "verdict_row"]
 
 
 class ProductEnergies(nn.Module):
@@ -70,8 +70,8 @@ class ProductEnergies(nn.Module):
             x = ((states[:, at].double() - self.mean[at]) / self.scale[at]).cpu()
             found = LogisticRegression(C=1 / (ridge * len(kind)), max_iter=1000, tol=1e-5)
             found.fit(x.numpy(), kind, sample_weight=rows)
-            means = _sides(x, harmful.cpu(), refused.cpu())
-            c, e = verdict_row(x, means[1] - means[0], harmful.cpu(), refused.cpu())
+            sides = verdict_means(x, harmful.cpu(), refused.cpu())
+            c, e = verdict_row(sides, sides[1] - sides[0])
             self.weight[at] = torch.stack([torch.from_numpy(found.coef_[0]), c])
             self.bias[at] = torch.stack([torch.tensor(float(found.intercept_[0])).double(), e])
             if progress is not None:
@@ -99,19 +99,18 @@ def product_slope(z: Tensor) -> tuple[Tensor, Tensor]:
     return -due * z[:, 1], torch.stack([-(1 - due.square()) * z[:, 1], -due], dim=-1)
 
 
-def verdict_row(x: Tensor, way: Tensor, harmful: Tensor, refused: Tensor) -> tuple[Tensor, Tensor]:
-    """c (d,) along `way` (d,) and e (), such that v = c.x + e is -1/2 at the mean of the answered and 1/2 at that of the refused.
+def verdict_row(means: Tensor, way: Tensor) -> tuple[Tensor, Tensor]:
+    """c (d,) along `way` (d,) and e (), such that v = c.x + e is -1/2 at the first and 1/2 at the second of `means` (2, d).
 
-    x: (n, d) standardised states. Where the two means do not differ along `way`, c is `way` over its length.
+    means: of `verdict_means`. Where the two do not differ along `way`, c is `way` over its length.
     """
-    means = _sides(x, harmful, refused)
     apart = (means[1] - means[0]) @ way
     unit = way / way.norm().clamp_min(1e-12)
     c = way / apart if float(apart) > 1e-6 * float(way.norm()) else unit
     return c, -c @ means.mean(dim=0)
 
 
-def _sides(x: Tensor, harmful: Tensor, refused: Tensor) -> Tensor:
-    """(2, d): means of the answered and of the refused states, averaged over benign and harmful prompts."""
+def verdict_means(x: Tensor, harmful: Tensor, refused: Tensor) -> Tensor:
+    """(2, d): means of the answered and of the refused states x (n, d), averaged over benign and harmful prompts."""
     parts = [[x[(harmful == kind) & (refused == said)].mean(dim=0) for kind in (False, True)] for said in (False, True)]
     return torch.stack([torch.stack(part).mean(dim=0) for part in parts])

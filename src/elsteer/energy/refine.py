@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from elsteer.decoding import PromptBatch, first_logits, plain_model
-from elsteer.energy.product import verdict_row
+from elsteer.energy.product import verdict_means, verdict_row
 from elsteer.errors import RunError
 from elsteer.models import decoder_blocks
 from elsteer.settings import TrainingSettings
@@ -100,7 +100,7 @@ class SteeredProducts(nn.Module):
         found, along = {}, self.directions()
         for at, layer in enumerate(self.layers):
             x = (states[:, at].double() - self.mean[at].double()) / self.scale[at].double()
-            c, e = verdict_row(x, along[at].double(), harmful, refused)
+            c, e = verdict_row(verdict_means(x, harmful, refused), along[at].double())
             found[layer] = {
                 "weight": torch.stack([self.due[at].double(), c]).float(),
                 "bias": torch.stack([self.offset[at].double(), e]).float(),
