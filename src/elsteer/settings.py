@@ -46,6 +46,9 @@ class TrainingSettings(_Settings):
     refine_band: tuple[float, float] = Field(
         (0.42, 0.83), description="Blocks that are trained through the model, from and up to, as shares of the depth."
     )
+    refine_units: int = Field(
+        64, ge=0, description="Hidden units that training through the model gives to whether refusing is due."
+    )
     refine_memory: int = Field(
         6 << 30, gt=0, description="Bytes of prompt caches for it; of more prompts than fit, a sample is trained on."
     )

@@ -59,7 +59,8 @@ class Energies:
         """Product energies for a benign half of `ratio` times the weight: its log is taken off u, the log-odds of harm."""
         tensors = {layer: dict(found) for layer, found in self.tensors.items()}
         for found in tensors.values():
-            found["bias"] = found["bias"] - torch.tensor([math.log(ratio), 0.0])
+            found["bias"] = found["bias"].clone()
+            found["bias"][0] -= math.log(ratio)
         return dataclasses.replace(self, tensors=tensors)
 
     def useful_guards(self) -> dict[int, Tensor]:
@@ -122,13 +123,15 @@ def _refined(
     band = range(min(first, depth - 1), max(stop, first + 1))
     harm = {layer: energies.guards[layer][:, 0] for layer in band}
     products = SteeredProducts({layer: energies.tensors[layer] for layer in band}, harm)
+    states = StateStore(run / "states").read([one.id for one in prompts], tokens=1)[0][:, 0][:, list(band)]
+    harmful = torch.tensor([one.harmful for one in prompts])
+    if units := settings.training.refine_units:
+        products.add_units(states, harmful, units, benign_weight=weight, seed=settings.seed)
     through(products, weight)
     products.cpu()
-    scored = [(prompt, one) for prompt, one in zip(prompts, completions, strict=True) if one.label != "unscored"]
-    states = StateStore(run / "states").read([prompt.id for prompt, _ in scored], tokens=1)[0][:, 0]
-    harmful = torch.tensor([prompt.harmful for prompt, _ in scored])
-    refused = torch.tensor([one.label == "refusal" for _, one in scored])
-    tensors = products.tensors(states[:, list(band)], harmful, refused)
+    scored = torch.tensor([one.label != "unscored" for one in completions])
+    refused = torch.tensor([one.label == "refusal" for one in completions])
+    tensors = products.tensors(states[scored], harmful[scored], refused[scored])
     guards = {layer: _guard(harm[layer], tensors[layer]) for layer in band}
     return dataclasses.replace(energies, tensors=tensors, guards=guards)
 

@@ -33,14 +33,15 @@ def fitted(**rest: float) -> ProductEnergies:
     return models
 
 
-def drawn(size: int, seed: int) -> dict[str, Tensor]:
+def drawn(size: int, seed: int, units: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return {
-        "weight": torch.randn(2, size, generator=generator) / size**0.5,
-        "bias": torch.randn(2, generator=generator),
+    tensors = {
+        "weight": torch.randn(2 + units, size, generator=generator) / size**0.5,
+        "bias": torch.randn(2 + units, generator=generator),
         "mean": torch.randn(size, generator=generator),
         "scale": torch.tensor(1.7),
     }
+    return tensors | ({"bend": torch.randn(units, generator=generator)} if units else {})
 
 
 def guard_of(tensors: dict[str, Tensor], seed: int) -> Tensor:
@@ -48,7 +49,10 @@ def guard_of(tensors: dict[str, Tensor], seed: int) -> Tensor:
 
 
 def by_autograd(tensors: dict[str, Tensor], states: Tensor, eta: float, steps: int, guard: Tensor | None) -> Tensor:
-    """Gradient steps on the states in float64, E written out: each divided by the greater of |P grad E| and |P W'_v|."""
+    """Gradient steps on the states in float64, E written out: each divided by the greater of |P grad E| and |P W'_v|.
+
+    With a guard, u is held.
+    """
     one = {name: tensor.double() for name, tensor in tensors.items()}
     h = states.double()
     keep = torch.eye(h.shape[1], dtype=h.dtype)
@@ -59,7 +63,11 @@ def by_autograd(tensors: dict[str, Tensor], states: Tensor, eta: float, steps: i
     for _ in range(steps):
         h = h.detach().requires_grad_()
         x = (h - one["mean"]) / one["scale"]
-        energy = -torch.tanh(x @ one["weight"][0] + one["bias"][0]) * (x @ one["weight"][1] + one["bias"][1])
+        z = x @ one["weight"].T + one["bias"]
+        u = z[:, 0]
+        if "bend" in one:
+            u = u + (z[:, 2:] * torch.sigmoid(z[:, 2:])) @ one["bend"]
+        energy = -torch.tanh(u if guard is None else u.detach()) * z[:, 1]
         gradient = torch.autograd.grad(energy.sum(), h)[0] @ keep
         h = h - length * gradient / torch.maximum(gradient.norm(dim=1, keepdim=True), reach)
     return (h - states.double()).detach().float()
@@ -112,21 +120,24 @@ def test_states_that_are_all_the_same_give_no_nan() -> None:
     assert bool(torch.isfinite(delta).all())
 
 
-@given(st.integers(4, 40), st.integers(0, 2**16))
+@given(st.integers(4, 40), st.integers(0, 5), st.integers(0, 2**16))
 @settings(max_examples=40, deadline=None, derandomize=True)
-def test_slope_is_the_gradient_of_the_energy(size: int, seed: int) -> None:
-    tensors = drawn(size, seed)
-    z = torch.randn(7, 2, generator=torch.Generator().manual_seed(seed), requires_grad=True)
+def test_slope_is_the_gradient_of_the_energy(size: int, units: int, seed: int) -> None:
+    tensors = drawn(size, seed, units)
+    z = torch.randn(7, 2 + units, generator=torch.Generator().manual_seed(seed), requires_grad=True)
     energy, slope = slope_of(tensors, z)
     (wanted,) = torch.autograd.grad(energy_of(tensors, z).sum(), z)
     torch.testing.assert_close(energy, energy_of(tensors, z))
     torch.testing.assert_close(slope, wanted)
+    torch.testing.assert_close(slope_of(tensors, z, held=True)[1], wanted[:, 1:2])
 
 
-@given(st.integers(6, 300), st.booleans(), st.integers(1, 4), st.integers(0, 2**16))
+@given(st.integers(6, 300), st.integers(0, 6), st.booleans(), st.integers(1, 4), st.integers(0, 2**16))
 @settings(max_examples=60, deadline=None, derandomize=True)
-def test_descent_equals_gradient_steps_on_the_states(size: int, guarded: bool, steps: int, seed: int) -> None:
-    tensors = drawn(size, seed)
+def test_descent_equals_gradient_steps_on_the_states(
+    size: int, units: int, guarded: bool, steps: int, seed: int
+) -> None:
+    tensors = drawn(size, seed, units)
     guard = guard_of(tensors, seed) if guarded else None
     states = tensors["mean"] + 1.7 * torch.randn(6, size, generator=torch.Generator().manual_seed(seed + 1))
     found = Descent(tensors, eta=0.05, steps=steps, guard=guard).delta(states)
@@ -150,7 +161,13 @@ def test_the_guarded_step_moves_towards_what_is_due_and_less_in_doubt() -> None:
 def test_tensors_of_a_file_are_checked() -> None:
     tensors = drawn(8, 0)
     check_tensors(3, tensors, 8)
-    for damage in ({"weight": torch.zeros(3, 8)}, {"bias": torch.zeros(3)}, {"extra": torch.zeros(1)}):
+    check_tensors(3, drawn(8, 0, units=4), 8)
+    for damage in (
+        {"weight": torch.zeros(3, 8)},
+        {"bias": torch.zeros(3)},
+        {"extra": torch.zeros(1)},
+        {"bend": torch.zeros(1)},
+    ):
         with pytest.raises(LandscapeError, match="layer 3"):
             check_tensors(3, tensors | damage, 8)
 

@@ -28,7 +28,7 @@ def tiny() -> Tiny:
     return speaker()
 
 
-def products(seed: int = 0) -> SteeredProducts:
+def products(seed: int = 0, units: int = 0) -> SteeredProducts:
     generator = torch.Generator().manual_seed(seed)
     tensors = {
         layer: {
@@ -39,7 +39,11 @@ def products(seed: int = 0) -> SteeredProducts:
         }
         for layer in LAYERS
     }
-    return SteeredProducts(tensors, {layer: torch.randn(SIZE, generator=generator) for layer in LAYERS})
+    found = SteeredProducts(tensors, {layer: torch.randn(SIZE, generator=generator) for layer in LAYERS})
+    if units:
+        states = torch.randn(20, len(LAYERS), SIZE, generator=generator)
+        found.add_units(states, torch.arange(20) % 2 == 0, units, epochs=1)
+    return found
 
 
 def batches_of(tiny: Tiny) -> list[PromptBatch]:
@@ -56,8 +60,9 @@ def labels_of(tiny: Tiny, batches: list[PromptBatch]) -> list[str | None]:
     return found
 
 
-def test_a_landscape_makes_the_step_that_was_trained() -> None:
-    trained = products()
+@pytest.mark.parametrize("units", [0, 5])
+def test_a_landscape_makes_the_step_that_was_trained(units: int) -> None:
+    trained = products(units=units)
     with torch.no_grad():
         trained.log_length += torch.tensor([0.3, -0.4])
         trained.turn += 0.1 * torch.randn(trained.turn.shape, generator=torch.Generator().manual_seed(1))
@@ -81,12 +86,32 @@ def test_a_step_leaves_what_the_guard_holds() -> None:
             torch.testing.assert_close(step @ held, torch.zeros(5), atol=1e-4, rtol=0)
 
 
-def test_the_loss_falls_and_no_weight_of_the_model_changes(tiny: Tiny) -> None:
+def test_hidden_units_learn_what_a_line_cannot() -> None:
+    """Harmful where one coordinate is far from 0 on either side: no direction tells it."""
+    states = torch.randn(600, 1, SIZE, generator=torch.Generator().manual_seed(4)).repeat(1, len(LAYERS), 1)
+    states[:, :, 0] *= 4
+    harmful = states[:, 0, 0].abs() > 2.7
+    found = products()
+
+    def share() -> float:
+        with torch.no_grad():
+            x = (states - found.mean) / found.scale[:, None]
+            return float(((found._due(x) > 0) == harmful[:, None]).float().mean(dim=0).min())
+
+    assert share() < 0.65
+    told: list[tuple[int, int]] = []
+    found.add_units(states, harmful, 16, epochs=150, progress=lambda done, total: told.append((done, total)))
+    assert share() > 0.85
+    assert told[-1] == (150, 150)
+
+
+@pytest.mark.parametrize("units", [0, 5])
+def test_the_loss_falls_and_no_weight_of_the_model_changes(tiny: Tiny, units: int) -> None:
     model = tiny[0]
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     asked = [parameter.requires_grad for parameter in model.parameters()]
     batches = batches_of(tiny)
-    trained, told = products(), []
+    trained, told = products(units=units), []
     losses = refine(
         model,
         batches,

@@ -7,8 +7,9 @@ G = W' P W'^T (r x r, precomputed) and eta the step's length in units of h:
     z <- z - (eta / |P grad_h E|) G s           K times, while E > tau (the gate)
     h_K = h_0 - P W'^T sum_k (eta / |P grad_h E|_k) s_k
 
-For a product energy (`elsteer.energy.product`) the step is shorter where whether refusing is due is in doubt: the divisor is
-max(|P grad_h E|, |P W'_v|), and with its a guarded |P grad_h E| = |tanh u| |P W'_v|.
+For a product energy (`elsteer.energy.product`) with a guard, u is held: s is the slope by v alone, so that no step changes
+whether refusing is due, and G and W' keep the rows that this takes. The step is shorter where u is in doubt: the divisor is
+max(|P grad_h E|, |P W'_v|), and |P grad_h E| = |tanh u| |P W'_v|.
 
 The guard keeps h's coordinates along U, so steering may change the decision but not what the model thinks the request is.
 Exact, not an approximation: equal to K normalised gradient steps on h by autograd. After DESIGN's derivation of ELS
@@ -56,20 +57,23 @@ class Descent(nn.Module):
         super().__init__()
         weight = tensors["weight"].double() / tensors["scale"].double()
         shift = tensors["bias"].double() - weight @ tensors["mean"].double()
-        guarded = weight
+        guarded, product = weight, "read_out" not in tensors
+        self.held = False
         if guard is not None and guard.shape[1] > 0:
             basis = guard.to(weight.device).double()
             guarded = weight - (weight @ basis) @ basis.T
+            self.held = product
+        self._rows = slice(1, 2) if self.held else slice(None)  # of W', those that a step goes along
         self.register_buffer("down", weight.float())
         self.register_buffer("shift", shift.float())
-        self.register_buffer("up", guarded.float())
-        self.register_buffer("gram", (guarded @ guarded.T).float())
+        self.register_buffer("up", guarded[self._rows].float())
+        self.register_buffer("gram", (guarded[self._rows] @ guarded.T).float())
         rest = {"weight", "bias", "mean", "scale", "length"}
         self._names = [name for name in tensors if name not in rest]
         for name in self._names:
             self.register_buffer(_flat(name), tensors[name].float().clone())
         self.eta, self.steps, self.gate = eta * float(tensors.get("length", 1.0)), steps, gate
-        self.reach = TINY if "read_out" in tensors else max(TINY, float(self.gram[1, 1].clamp_min(0).sqrt()))
+        self.reach = max(TINY, float(guarded[1].norm())) if product else TINY
         self.unit = float(tensors["scale"]) * math.sqrt(weight.shape[1])
 
     def _head(self) -> dict[str, Tensor]:
@@ -96,11 +100,11 @@ class Descent(nn.Module):
         length: Tensor | float = self.eta * self.unit * strength
         if isinstance(length, Tensor):
             length = length.to(z)[:, None]
-        total = torch.zeros_like(z)
+        total = z.new_zeros(len(z), len(self.up))
         for _ in range(self.steps if steps is None else steps):
-            energy, slope = slope_of(head, z)
+            energy, slope = slope_of(head, z, held=self.held)
             moved = slope @ self.gram
-            norm = (slope * moved).sum(dim=-1, keepdim=True).clamp_min(0).sqrt()
+            norm = (slope * moved[:, self._rows]).sum(dim=-1, keepdim=True).clamp_min(0).sqrt()
             factor = length / norm.clamp_min(self.reach)
             if self.gate is not None:
                 factor = torch.where((energy > self.gate)[:, None], factor, 0.0)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from elsteer.energy.product import product_energy, product_slope
+from elsteer.energy.product import product_energy, product_slope, silu_slope
 from elsteer.energy.standard import standardised
 
 __all__ = ["EnergyModels", "energy_of", "slope_of"]
@@ -93,18 +93,21 @@ def _linear(count: int, out: int, into: int) -> nn.Parameter:
 
 def energy_of(tensors: dict[str, Tensor], z: Tensor) -> Tensor:
     """f(z): energies (n,) of z = W' h + b' (n, r), for one layer's `tensors`, of this module or of `ProductEnergies`."""
-    return _forward(tensors, z)[0] if "read_out" in tensors else product_energy(z)
+    return _forward(tensors, z)[0] if "read_out" in tensors else product_energy(z, tensors.get("bend"))
 
 
-def slope_of(tensors: dict[str, Tensor], z: Tensor) -> tuple[Tensor, Tensor]:
-    """(f(z), df/dz) with shapes (n,), (n, r), written out: no autograd, so inference mode and graph capture work."""
+def slope_of(tensors: dict[str, Tensor], z: Tensor, *, held: bool = False) -> tuple[Tensor, Tensor]:
+    """(f(z), df/dz) with shapes (n,), (n, r), written out: no autograd, so inference mode and graph capture work.
+
+    held, for product energies: with u held, so that the slope is (n, 1), by v alone.
+    """
     if "read_out" not in tensors:
-        return product_slope(z)
+        return product_slope(z, tensors.get("bend"), held=held)
     energy, normal, deviation, kept = _forward(tensors, z)
     depth = len(kept) - 1
-    slope = tensors["read_out"] * _silu_slope(kept[-1])
+    slope = tensors["read_out"] * silu_slope(kept[-1])
     for at in reversed(range(depth)):
-        slope = (slope @ tensors[f"hidden_weights.{at}"]) * _silu_slope(kept[at])
+        slope = (slope @ tensors[f"hidden_weights.{at}"]) * silu_slope(kept[at])
     if normal is None or deviation is None:
         return energy, slope
     slope = slope * tensors["norm_weight"]
@@ -129,8 +132,3 @@ def _forward(tensors: dict[str, Tensor], z: Tensor) -> tuple[Tensor, Tensor | No
         a = F.silu(u)
         at += 1
     return a @ tensors["read_out"], normal, deviation, kept
-
-
-def _silu_slope(u: Tensor) -> Tensor:
-    gate = torch.sigmoid(u)
-    return gate * (1 + u * (1 - gate))

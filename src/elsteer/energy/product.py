@@ -2,17 +2,19 @@
 
     E(h) = -tanh(u) v,    u = a.x + b,    v = c.x + e,    x = (h - mean) / scale
 
-u is the log-odds that the prompt is harmful, by logistic regression on the states: is refusing due? v says whether the
+u is the log-odds that the prompt is harmful, by logistic regression on the states: is refusing due? Energies that are
+trained through the model (`elsteer.energy.refine`) add m hidden units to it, u = a.x + b + r.silu(W x + s). v says whether the
 model is about to refuse: a coordinate along the mean difference of refused and answered prompts of one kind, -1/2 at the mean
 of the answered and 1/2 at that of the refused ones, both averaged over benign and harmful prompts. A helpful answer (u < 0,
 v < 0) and a safe refusal (u > 0, v > 0) have low energy, a false refusal and a jailbreak high energy.
 
 Logistic regression of kind on state is noise contrastive estimation of u, and is convex: the same states give the same
-energies, whatever the seed. With a guarded by the steering, the step moves v alone, down for benign and up for harmful
-prompts, and is shorter where u is in doubt; see `elsteer.energy.descent`.
+energies, whatever the seed. With a guard the steering holds u, so that the step moves v alone, down for benign and up for
+harmful prompts, and is shorter where u is in doubt; see `elsteer.energy.descent`.
 
-Shapes: L layers, N states, d = hidden size. The tensors of one layer: weight (2, d) with rows a and c, bias (2,) with b and
-e, mean (d,), scale (). That there is no `read_out` tells them from those of `EnergyModels`.
+Shapes: L layers, N states, d = hidden size. The tensors of one layer: weight (2 + m, d) with rows a, c and those of W, bias
+(2 + m,) with b, e and s, bend (m,) with r (absent where m = 0), mean (d,), scale (). That there is no `read_out` tells them
+from those of `EnergyModels`.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from torch import Tensor, nn
 
 from elsteer.energy.standard import standardised
 
-__all__ = ["ProductEnergies", "product_energy", "product_slope", "verdict_means", "verdict_row"]
+__all__ = ["ProductEnergies", "product_energy", "product_slope", "silu_slope", "verdict_means", "verdict_row"]
 
 
 class ProductEnergies(nn.Module):
@@ -88,15 +90,32 @@ class ProductEnergies(nn.Module):
         return {name: tensor[at].detach().clone() for name, tensor in self.state_dict().items()}
 
 
-def product_energy(z: Tensor) -> Tensor:
-    """-tanh(u) v, shape (...), of z = (u, v), shape (..., 2)."""
-    return -torch.tanh(z[..., 0]) * z[..., 1]
+def product_energy(z: Tensor, bend: Tensor | None = None) -> Tensor:
+    """-tanh(u) v, shape (...), of z = (a.x + b, v, W x + s), shape (..., 2 + m), and bend (m,), the r of the module's text."""
+    return -torch.tanh(_due(z, bend)) * z[..., 1]
 
 
-def product_slope(z: Tensor) -> tuple[Tensor, Tensor]:
-    """(energy, its gradient) by z, shapes (n,) and (n, 2)."""
-    due = torch.tanh(z[:, 0])
-    return -due * z[:, 1], torch.stack([-(1 - due.square()) * z[:, 1], -due], dim=-1)
+def product_slope(z: Tensor, bend: Tensor | None = None, *, held: bool = False) -> tuple[Tensor, Tensor]:
+    """(energy, its gradient) by z, shapes (n,) and (n, 2 + m); held: with u held, (n, 1), the gradient by v alone."""
+    due = torch.tanh(_due(z, bend))
+    energy = -due * z[:, 1]
+    if held:
+        return energy, -due[:, None]
+    by_u = -(1 - due.square()) * z[:, 1]
+    slope = torch.stack([by_u, -due], dim=-1)
+    if bend is None:
+        return energy, slope
+    return energy, torch.cat([slope, by_u[:, None] * bend * silu_slope(z[:, 2:])], dim=-1)
+
+
+def silu_slope(x: Tensor) -> Tensor:
+    """The derivative of SiLU."""
+    gate = torch.sigmoid(x)
+    return gate * (1 + x * (1 - gate))
+
+
+def _due(z: Tensor, bend: Tensor | None) -> Tensor:
+    return z[..., 0] if bend is None else z[..., 0] + torch.nn.functional.silu(z[..., 2:]) @ bend
 
 
 def verdict_row(means: Tensor, way: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,13 +10,17 @@ given the right verdict, and sharpened so that tokens that begin both kinds of a
 
 The loss is KL(q || p steered), plus `refine_stay` times KL(p || p steered) in so far as the model was right before. So a
 prompt that gets the right verdict already asks for no change, and the words that an answer begins with stay the model's own.
-The gradient reaches, through the blocks after them, the directions a (is refusing due) and c (does the model refuse) of every
-steered block, the offset b and the length of its step. No weight of the model is touched.
+The gradient reaches, through the blocks after them, u (is refusing due: its direction a, its offset b, its hidden units), the
+direction c (does the model refuse) and the length of the step, of every steered block. No weight of the model is touched.
+
+Whether refusing is due is what a state tells worst: prompts that differ by a word differ little. So u gets `refine_units` hidden
+units first, u = a.x + b + r.silu(W x + s), trained on the stored states alone to tell harmful from benign prompts
+(`SteeredProducts.add_units`), by the same weighted logistic loss that gave a and b.
 
 This is distillation of a conditioned distribution into an intervention on hidden states, as in representation finetuning
 (ReFT, Wu et al. 2024, arXiv 2404.03592), with the intervention held to a guarded step down an energy: `elsteer.energy.descent`.
 
-Shapes: L steered layers, B rows of a batch, N prompts, V the vocabulary, d the hidden size.
+Shapes: L steered layers, B rows of a batch, N prompts, V the vocabulary, d the hidden size, m hidden units of u.
 """
 
 from __future__ import annotations
@@ -43,6 +47,7 @@ AS_TRAINED = 0.1  # the rule's eta at which a step is as long as it was trained 
 _TOKENS = 256  # of the plain distribution, the likeliest; the rest counts as one token
 _SHARPNESS = 4
 _LEAST = 1e-3  # of w and 1 - w
+_UNITS_RATE, _UNITS_BATCH = 1e-3, 128
 
 
 class SteeredProducts(nn.Module):
@@ -69,6 +74,10 @@ class SteeredProducts(nn.Module):
         self.due = nn.Parameter(weight[:, 0].clone())  # a
         self.offset = nn.Parameter(bias[:, 0].clone())  # b
         self.turn = nn.Parameter(nn.functional.normalize(weight[:, 1], dim=1))  # c
+        self.units = nn.Parameter(weight[:, 2:].clone())  # W, (L, m, d)
+        self.thresholds = nn.Parameter(bias[:, 2:].clone())  # s, (L, m)
+        bends = [tensors[at].get("bend", weight.new_zeros(0)) for at in self.layers]
+        self.bend = nn.Parameter(torch.stack(bends).float())  # r, (L, m)
         self.log_length = nn.Parameter(torch.full((len(self.layers),), math.log(length)))
         self.unit = AS_TRAINED * math.sqrt(mean.shape[1])
 
@@ -78,16 +87,71 @@ class SteeredProducts(nn.Module):
         inside = torch.einsum("ld,ldk->lk", self.turn, guard)
         return nn.functional.normalize(self.turn - torch.einsum("lk,ldk->ld", inside, guard), dim=1)
 
+    def add_units(
+        self,
+        states: Tensor,
+        harmful: Tensor,
+        units: int,
+        *,
+        benign_weight: float = 1.0,
+        seed: int = 0,
+        epochs: int = 20,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Give u `units` hidden units and train it, linear part included, on states (n, L, d) and harmful (n,) bool.
+
+        Logistic loss, AdamW, one-cycle rate; benign_weight as in `refine`.
+        """
+        count, size = self.due.shape
+        generator = torch.Generator().manual_seed(seed)
+        device = self.mean.device
+        self.units = nn.Parameter((torch.randn(count, units, size, generator=generator) / math.sqrt(size)).to(device))
+        self.thresholds = nn.Parameter(torch.zeros(count, units, device=device))
+        self.bend = nn.Parameter((0.1 * torch.randn(count, units, generator=generator) / math.sqrt(units)).to(device))
+        matrices, offsets = [self.units, self.due, self.bend], [self.thresholds, self.offset]
+        optimiser = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": 0.1}, {"params": offsets, "weight_decay": 0.0}], lr=_UNITS_RATE
+        )
+        starts = range(0, len(states), _UNITS_BATCH)
+        total = max(2, epochs * len(starts))
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, _UNITS_RATE, total_steps=total, pct_start=0.1)
+        weights = _kind_weights(harmful, benign_weight)
+        for epoch in range(epochs):
+            order = torch.randperm(len(states), generator=generator)
+            for start in starts:
+                rows = order[start : start + _UNITS_BATCH]
+                with torch.enable_grad():
+                    u = self._due((states[rows].to(device).float() - self.mean) / self.scale[:, None])
+                    wanted = harmful[rows].to(u)[:, None].expand_as(u)
+                    each = nn.functional.binary_cross_entropy_with_logits(u, wanted, reduction="none")
+                    loss = (weights[rows].to(u)[:, None] * each).mean(dim=0).sum()
+                    optimiser.zero_grad(set_to_none=True)
+                    loss.backward()
+                optimiser.step()
+                schedule.step()
+            if progress is not None:
+                progress(epoch + 1, epochs)
+
+    def _due(self, x: Tensor) -> Tensor:
+        """u (n, L) of standardised states x (n, L, d)."""
+        rows = x.transpose(0, 1)
+        inside = torch.baddbmm(self.thresholds[:, None], rows, self.units.transpose(1, 2))
+        bent = torch.einsum("lnm,lm->nl", nn.functional.silu(inside), self.bend)
+        return torch.einsum("nld,ld->nl", x, self.due) + self.offset + bent
+
     def moves(self) -> dict[int, Callable[[Tensor], Tensor]]:
         """By layer, states (B, d) to what is added to them, differentiable; on the states' device."""
         steps = (self.log_length.exp() * self.scale * self.unit)[:, None] * self.directions()
 
         def one(at: int) -> Callable[[Tensor], Tensor]:
             parts = self.mean[at], self.scale[at], self.due[at], self.offset[at], steps[at]
+            more = self.units[at], self.thresholds[at], self.bend[at]
 
             def move(states: Tensor) -> Tensor:
                 mean, scale, due, offset, step = (part.to(states.device) for part in parts)
-                u = (states.float() - mean) / scale @ due + offset
+                units, thresholds, bend = (part.to(states.device) for part in more)
+                x = (states.float() - mean) / scale
+                u = x @ due + offset + nn.functional.silu(x @ units.T + thresholds) @ bend
                 return (torch.tanh(u)[:, None] * step).to(states.dtype)
 
             return move
@@ -102,12 +166,14 @@ class SteeredProducts(nn.Module):
             x = (states[:, at].double() - self.mean[at].double()) / self.scale[at].double()
             c, e = verdict_row(verdict_means(x, harmful, refused), along[at].double())
             found[layer] = {
-                "weight": torch.stack([self.due[at].double(), c]).float(),
-                "bias": torch.stack([self.offset[at].double(), e]).float(),
+                "weight": torch.cat([self.due[at][None], c.float()[None], self.units[at]]),
+                "bias": torch.cat([self.offset[at][None], e.float()[None], self.thresholds[at]]),
                 "mean": self.mean[at].clone(),
                 "scale": self.scale[at].clone(),
                 "length": self.log_length[at].exp(),
             }
+            if self.bend.shape[1]:
+                found[layer]["bend"] = self.bend[at].clone()
         return found
 
 
@@ -154,15 +220,15 @@ def refine(
     """
     products.to(model.device)
     rate, epochs = settings.refine_rate, settings.refine_epochs
-    slow, fast = [products.due, products.turn], [products.offset, products.log_length]
+    slow = [products.due, products.turn, products.units, products.thresholds, products.bend]
+    fast = [products.offset, products.log_length]
     optimiser = torch.optim.AdamW([{"params": slow, "lr": rate}, {"params": fast, "lr": 10 * rate}], weight_decay=0.0)
     total = len(batches) * epochs
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimiser, max_lr=[rate, 10 * rate], total_steps=max(2, len(batches) * epochs), pct_start=0.1
     )
     rows = torch.tensor([row for batch in batches for row in batch.rows])
-    share = harmful[rows].float().mean().clamp(1e-6, 1 - 1e-6)
-    weights = torch.where(harmful, 1 / share, benign_weight / (1 - share)) / (1 + benign_weight)
+    weights = _kind_weights(harmful, benign_weight, rows)
     generator = torch.Generator().manual_seed(seed)
     losses: list[float] = []
 
@@ -199,6 +265,12 @@ def refine(
                 told(len(batches) * epoch + step + 1)
             losses.append(summed / len(batches))
     return losses
+
+
+def _kind_weights(harmful: Tensor, benign_weight: float, rows: Tensor | None = None) -> Tensor:
+    """(N,): weights of mean 1 over `rows` (all by default), the benign ones' sum `benign_weight` times the harmful ones'."""
+    share = (harmful if rows is None else harmful[rows]).float().mean().clamp(1e-6, 1 - 1e-6)
+    return torch.where(harmful, 1 / share, benign_weight / (1 - share)) / (1 + benign_weight)
 
 
 def _refusing(model: PreTrainedModel, batches: Sequence[PromptBatch], labels: Sequence[str | None]) -> Tensor:

@@ -27,9 +27,12 @@ def check_tensors(layer: int, tensors: dict[str, Tensor], hidden_size: int) -> N
     }
     if "norm_weight" in tensors or "norm_bias" in tensors:
         wanted |= {"norm_weight": (width,), "norm_bias": (width,)}
-    product = "read_out" not in tensors and width == 2 and tensors.keys() <= wanted.keys() | {"length"}
+    product = "read_out" not in tensors and tensors.keys() <= wanted.keys() | {"length", "bend"}
+    product = product and (width > 2 if "bend" in tensors else width == 2)
     if product and "length" in tensors:
         wanted["length"] = ()
+    if product and "bend" in tensors:
+        wanted["bend"] = (width - 2,)
     at = 0
     while (found := tensors.get(f"hidden_weights.{at}")) is not None:
         out = found.shape[0] if found.dim() == 2 else 0
