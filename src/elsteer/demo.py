@@ -24,7 +24,7 @@ from elsteer.landscape import Landscape
 from elsteer.models import left_pad, load
 from elsteer.prompts import load_starter
 from elsteer.run import key_of
-from elsteer.settings import CollectSettings, FitSettings, TuningSettings
+from elsteer.settings import CollectSettings, FitSettings, TrainingSettings, TuningSettings
 
 __all__ = ["DemoResult", "decode_overhead", "demo", "fast_dtype"]
 
@@ -33,14 +33,15 @@ MODEL = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
 
 # A fit that two cores finish in minutes: `elsteer fit` takes more prompts, answers more of them in full and tries more settings.
 SETTINGS = FitSettings(
-    limit=640,
-    dev_limit=180,
-    collect=CollectSettings(full_answers=240),
+    limit=450,
+    dev_limit=120,
+    collect=CollectSettings(full_answers=96),
+    training=TrainingSettings(benign_weights=(2.5, 4.0)),
     tuning=TuningSettings(
-        etas=(0.1, 0.14), bands=2, finalists=1, quality_prompts=16, quality_tokens=24, neutral_prompts=10
+        etas=(0.1, 0.14), bands=2, finalists=1, quality_prompts=16, quality_tokens=24, neutral_prompts=8
     ),
 )
-TEST_PROMPTS = 200  # held-out starter prompts that are answered
+TEST_PROMPTS = 120  # held-out starter prompts that are answered
 
 
 @dataclass
@@ -120,7 +121,7 @@ def _evaluate(
         run_dir=run_dir,
         limit=TEST_PROMPTS,
         quality_prompts=24,
-        quality_tokens=40,
+        quality_tokens=32,
         frontier_png=frontier.read_bytes() if frontier.exists() else None,
         progress=progress,
         command="elsteer demo",
