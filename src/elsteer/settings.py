@@ -64,7 +64,7 @@ class TrainingSettings(_Settings):
         description="How far the counterpart of a state lies, in mean differences of the outcomes of its kind; 0: none.",
     )
     benign_weights: tuple[Annotated[float, Field(gt=0)], ...] = Field(
-        (2.5, 4.0, 6.0),
+        (2.5, 1.6, 4.0),
         min_length=1,
         description="Weights of the benign half of the loss to try: a higher one turns spare safety into fewer false refusals.",
     )
@@ -105,7 +105,7 @@ class TuningSettings(_Settings):
     safety_margin: float = Field(
         0.05, description="How far harmful refusals on dev must be above the plain model's, as a share of the prompts."
     )
-    worst_source: float = Field(-0.05, description="How far they may fall on any one source of 20 prompts or more.")
+    worst_source: float = Field(-0.02, description="How far they may fall on any one source of 20 prompts or more.")
     refusal_level: float = Field(
         0.8,
         ge=0,

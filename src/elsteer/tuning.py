@@ -8,7 +8,7 @@ Three passes, each over fewer settings. Screening looks at the first generated t
 say how likely a refusal is after each first token, and one token costs a twentieth of a verdict; the KL on neutral prompts
 is measured there too. The best settings then get whole verdicts. The best of those that keep safety get the quality
 measures, in order, until one passes; one that fails is tried again with three quarters of its way, as often as there are
-finalists. All trials start from the same prompt caches. Every trial is a row of the frontier, which is kept; a resumed run
+finalists. Where no finalist keeps safety, as many others get whole verdicts, the safest first. All trials start from the same prompt caches. Every trial is a row of the frontier, which is kept; a resumed run
 reads it again.
 """
 
@@ -133,6 +133,7 @@ class Tuner:
         refined = self._screen(self._refined(fine))
         ranked = self._ranked([*fine, *refined])
         judged = [self._verdicts(trial.rule) for trial in self._spread(ranked)]
+        judged += self._safer(ranked, judged)
         judged += [self._verdicts(rule) for rule in self._around(judged)]
         open_ = [trial for trial in judged if trial.feasible]
         shorter = self.settings.finalists
@@ -241,6 +242,19 @@ class Tuner:
                 taken.append(trial)
                 per_band[band] += 1
         return taken
+
+    def _safer(self, ranked: list[Trial], judged: list[Trial]) -> list[Trial]:
+        """Where no finalist keeps safety: whole verdicts of others, the safest by the screening first, until one does."""
+        found: list[Trial] = []
+        rest = [
+            trial for trial in ranked if all(trial.rule != one.rule for one in judged) and ABOVE_KL not in trial.why_not
+        ]
+        rest.sort(key=lambda trial: (trial.worst_source, trial.refused_harmful), reverse=True)
+        for trial in rest[: self.settings.finalists]:
+            if any(one.feasible for one in [*judged, *found]):
+                break
+            found.append(self._verdicts(trial.rule))
+        return found
 
     # The passes
 
