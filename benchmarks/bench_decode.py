@@ -13,7 +13,7 @@ import argparse
 import math
 
 import torch
-from side_by_side import in_turn, keep, ratio, show
+from side_by_side import in_turn, keep, product, ratio, show
 from transformers import PreTrainedModel
 
 import elsteer
@@ -33,19 +33,8 @@ def stand_in(model: PreTrainedModel, print_of: elsteer.models.Fingerprint, layer
     size, depth = hidden_size(model), num_layers(model)
     first = max(0, depth - 2 - layers)
     chosen = range(first, first + layers)
-    generator = torch.Generator().manual_seed(0)
-    tensors = {
-        layer: {
-            "weight": torch.randn(2, size, generator=generator) / size**0.5,
-            "bias": torch.zeros(2),
-            "mean": torch.zeros(size),
-            "scale": torch.tensor(1.0),
-        }
-        for layer in chosen
-    }
-    guards = {
-        layer: torch.nn.functional.normalize(torch.randn(size, 1, generator=generator), dim=0) for layer in chosen
-    }
+    made = {layer: product(size, seed=layer) for layer in chosen}
+    tensors, guards = ({layer: found[at] for layer, found in made.items()} for at in (0, 1))
     rule = SteeringRule(layers=tuple(chosen), eta=1e-4 / math.sqrt(size), steps=1, window=0)
     return Landscape(rule, tensors, guards, print_of)
 
@@ -58,7 +47,7 @@ def main() -> None:
     options = parser.parse_args()
     model, tokenizer = elsteer.load(MODEL, dtype=fast_dtype())
     print_of = fingerprint(model, tokenizer)
-    given = elsteer.Landscape.from_pretrained(options.landscape) if options.landscape else stand_in(model, print_of, 6)
+    given = elsteer.Landscape.from_pretrained(options.landscape) if options.landscape else stand_in(model, print_of, 10)
     prompts = [encode_chat(tokenizer, list(one.messages)) for one in load_starter("test")[:32]]
     table, figures = [], []
 

@@ -3,7 +3,8 @@
     .venv/bin/python benchmarks/bench_descent.py
 
 Paper: Linear, LayerNorm, SiLU at widths 2048, 1024, 1024, 512, then Linear to 1; K times a forward pass and autograd's
-gradient, the step normalised (arXiv 2510.08646 and its published code; dropout off). Same rows, one process, in turn.
+gradient, the step normalised (arXiv 2510.08646 and its published code; dropout off). Same rows, one process, in turn. Product:
+with hidden units and guard, as `fit` makes it; the autograd beside it is of the same energy, without the guard.
 `descent.ratio` is the least ratio over the grid, of the default (product) energy. Beside each time stands the floor: the
 bytes and operations that must move, over this machine's measured copy and matmul rates.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from side_by_side import in_turn, keep, ratio, seconds, show
+from side_by_side import in_turn, keep, product, ratio, seconds, show
 from torch import Tensor, nn
 
 from elsteer.energy.descent import Descent
@@ -43,15 +44,6 @@ def by_autograd(energy: Callable[[Tensor], Tensor], states: Tensor, length: floa
     return h.detach()
 
 
-def product(size: int) -> dict[str, Tensor]:
-    return {
-        "weight": torch.randn(2, size) / size**0.5,
-        "bias": torch.randn(2),
-        "mean": torch.zeros(size),
-        "scale": torch.tensor(1.0),
-    }
-
-
 def main() -> None:
     torch.manual_seed(0)
     big = torch.randn(1 << 25)
@@ -66,12 +58,12 @@ def main() -> None:
         for parameter in paper.parameters():
             parameter.requires_grad_(False)
         network = EnergyModels([0], size, width=128, hidden=(64,), layer_norm=True, dropout=0.0).eval()
-        energies = {"product": product(size), "network": network.tensors_of(0)}
+        energies = {"product": product(size), "network": (network.tensors_of(0), None)}
         for rows in ROWS:
             states = torch.randn(rows, size)
             for steps in STEPS:
-                for name, tensors in energies.items():
-                    descent = Descent(tensors, eta=0.1, steps=steps)
+                for name, (tensors, guard) in energies.items():
+                    descent = Descent(tensors, eta=0.1, steps=steps, guard=guard)
                     w, b = tensors["weight"] / tensors["scale"], tensors["bias"]
 
                     def ours(descent: Descent = descent, states: Tensor = states) -> Tensor:

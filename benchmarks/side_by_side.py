@@ -47,6 +47,21 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> Interval:
     return Interval(middle, min(*each, middle), max(*each, middle), len(each))
 
 
+def product(size: int, units: int = 64, seed: int = 0) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """The tensors of a product energy as `fit` trains them, of random weights, and its guard (size, 2)."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(2 + units, size, generator=generator) / size**0.5
+    tensors = {
+        "weight": weight,
+        "bias": torch.randn(2 + units, generator=generator),
+        "bend": torch.randn(units, generator=generator) / units**0.5,
+        "mean": torch.zeros(size),
+        "scale": torch.tensor(1.0),
+    }
+    guard = torch.linalg.qr(torch.stack([torch.randn(size, generator=generator), weight[0]], dim=1)).Q
+    return tensors, guard.contiguous()
+
+
 def show(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """A plain table on the screen."""
     cells = [[str(cell) for cell in row] for row in (header, *rows)]

@@ -52,6 +52,29 @@ def test_the_later_shard_wins(tmp_path: Path) -> None:
     assert torch.equal(store.read(["a"])[0], shard(2)[0][:1])
 
 
+def test_some_layers_only_in_another_type_and_mapped_from_a_file(tmp_path: Path) -> None:
+    store = StateStore(tmp_path / "states")
+    states, _ = shard(3)
+    store.append(["a", "b", "c"], *shard(3))
+    found, _ = store.read(["c", "a"], layers=slice(1, 3), dtype=torch.float64)
+    assert found.dtype == torch.float64
+    assert torch.equal(found, states[[2, 0], :, 1:3].double())
+    mapped, _ = store.read(["c", "a"], layers=slice(1, 3), mapped=tmp_path / "map")
+    assert torch.equal(mapped, states[[2, 0], :, 1:3])
+    assert (tmp_path / "map").stat().st_size == mapped.numel() * 4
+
+
+def test_no_room_for_a_mapped_file_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    store = StateStore(tmp_path / "states")
+    store.append(["a"], *shard(1))
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(RunError, match=r"No space left.*free some space"):
+        store.read(["a"], mapped=tmp_path / "map")
+
+
 def test_some_tokens_only(tmp_path: Path) -> None:
     store = StateStore(tmp_path)
     states, _ = shard(2, tokens=3)

@@ -9,6 +9,8 @@ a row that stands in two shards (a batch redone after a crash) is read from the 
 from __future__ import annotations
 
 import json
+import math
+import os
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +35,7 @@ class StateStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
+        self._known: dict[Path, list[str]] = {}  # the ids of shards that were looked into
 
     def shards(self) -> list[Path]:
         """Finished shards, oldest first."""
@@ -51,9 +54,19 @@ class StateStore:
         """The prompts whose states are here."""
         return set(self._places())
 
-    def read(self, ids: Sequence[str], *, tokens: int | None = None) -> tuple[Tensor, Tensor]:
+    def read(
+        self,
+        ids: Sequence[str],
+        *,
+        tokens: int | None = None,
+        layers: slice | None = None,
+        dtype: torch.dtype = torch.float32,
+        mapped: Path | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """States (n, tokens, layers, hidden_size) and counts (n,) of the prompts `ids`, in their order.
 
+        layers: those to read (all by default), so that memory need not hold all layers of many prompts at once. mapped: a
+        file to be made, as large as the states, that they are mapped from, so that memory holds what is in use.
         Raises RunError when a prompt's states are missing or a shard is damaged.
         """
         places = self._places()
@@ -67,26 +80,44 @@ class StateStore:
         counts = torch.zeros(len(ids), dtype=torch.int32)
         for shard, pairs in by_shard.items():
             with _open(shard) as file:
-                block = file.get_tensor("states")[:, :tokens]
+                block = file.get_slice("states")[:, :tokens, layers or slice(None)].to(dtype)
                 if states is not None and states.shape[1:] != block.shape[1:]:
                     raise RunError(
                         f"{self.folder} holds states of different shapes, collected with different settings: delete that "
                         "folder and run the collection again."
                     )
                 if states is None:
-                    states = block.new_zeros(len(ids), *block.shape[1:])
+                    states = _room((len(ids), *block.shape[1:]), dtype, mapped)
                 to, by = torch.tensor(pairs).T
                 states[to] = block[by]
                 counts[to] = file.get_tensor("counts")[by].clamp_max(block.shape[1])
         return (states if states is not None else torch.zeros(0, 0, 0, 0)), counts
 
     def _places(self) -> dict[str, tuple[Path, int]]:
-        places = {}
+        places: dict[str, tuple[Path, int]] = {}
         for shard in self.shards():
-            with _open(shard) as file:
-                for row, one in enumerate(json.loads(file.metadata()["ids"])):
-                    places[one] = (shard, row)
+            if shard not in self._known:
+                with _open(shard) as file:
+                    self._known[shard] = json.loads(file.metadata()["ids"])
+            places.update((one, (shard, row)) for row, one in enumerate(self._known[shard]))
         return places
+
+
+def _room(shape: tuple[int, ...], dtype: torch.dtype, mapped: Path | None) -> Tensor:
+    if mapped is None:
+        return torch.zeros(shape, dtype=dtype)
+    count = math.prod(shape)
+    try:
+        with mapped.open("wb") as file:  # pages of a full disk would end the process: room is made first
+            make = getattr(os, "posix_fallocate", None)  # not on macOS
+            size = max(1, count * dtype.itemsize)
+            file.truncate(size) if make is None else make(file.fileno(), 0, size)
+    except OSError as error:
+        raise RunError(
+            f"There is no room for {count * dtype.itemsize >> 20} MiB in {mapped.parent} ({error.strerror}): free some space "
+            "and run the same command again."
+        ) from error
+    return torch.from_file(str(mapped), shared=True, size=count, dtype=dtype).view(shape)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 import yaml
@@ -123,15 +124,18 @@ def _refined(
     band = range(min(first, depth - 1), max(stop, first + 1))
     harm = {layer: energies.guards[layer][:, 0] for layer in band}
     products = SteeredProducts({layer: energies.tensors[layer] for layer in band}, harm)
-    states = StateStore(run / "states").read([one.id for one in prompts], tokens=1)[0][:, 0][:, list(band)]
+    blocks = slice(band.start, band.stop)
+    store, ids = StateStore(run / "states"), [one.id for one in prompts]
     harmful = torch.tensor([one.harmful for one in prompts])
-    if units := settings.training.refine_units:
-        products.add_units(states, harmful, units, benign_weight=weight, seed=settings.seed)
-    through(products, weight)
-    products.cpu()
     scored = torch.tensor([one.label != "unscored" for one in completions])
     refused = torch.tensor([one.label == "refusal" for one in completions])
-    tensors = products.tensors(states[scored], harmful[scored], refused[scored])
+    with TemporaryDirectory(dir=run.path) as folder:
+        states = store.read(ids, tokens=1, layers=blocks, mapped=Path(folder) / "states")[0][:, 0]
+        if units := settings.training.refine_units:
+            products.add_units(states, harmful, units, benign_weight=weight, seed=settings.seed)
+        through(products, weight)
+        products.cpu()
+        tensors = products.tensors(states, harmful, refused, scored)
     guards = {layer: _guard(harm[layer], tensors[layer]) for layer in band}
     return dataclasses.replace(energies, tensors=tensors, guards=guards)
 
@@ -157,17 +161,31 @@ def _train(
             "There is nothing to learn: every answer was empty, repetitive or garbled. Check the model and its chat template."
         )
     ids = [prompt.id for prompt, _ in scored]
-    states, counts = StateStore(run / "states").read(ids)
+    store = StateStore(run / "states")
+    first, counts = store.read(ids, layers=slice(0, 1))
     outcomes: list[str] = [outcome for _, outcome in scored]
     harmful = torch.tensor([prompt.harmful for prompt, _ in scored])
     if shuffle:
         outcomes = shuffled(outcomes, harmful.tolist(), settings.seed)
-    real = torch.arange(states.shape[1])[None] < counts[:, None]
+    real = torch.arange(first.shape[1])[None] < counts[:, None]
     rows, tokens = real.nonzero(as_tuple=True)
     groups = [scored[row][0].family or scored[row][0].id for row in rows.tolist()]
     stage = f"training the energy models, benign weight {weight:g}"
+    directions: dict[int, Tensor] = {}
+
+    def layer(at: int) -> Tensor:
+        """One layer's states (n, d); memory does not hold those of all layers."""
+        found = store.read(ids, layers=slice(at, at + 1), dtype=torch.float64)[0][:, :, 0]
+        directions[at] = harm_direction(found[:, :1], harmful)[0].float()
+        return found[:, 0] if found.shape[1] == 1 else found[rows, tokens]
+
+    def every() -> Tensor:
+        found = store.read(ids)[0]
+        directions.update(enumerate(harm_direction(found[:, 0], harmful)))
+        return found[rows, tokens]
+
     result = train(
-        states[rows, tokens],
+        layer if settings.training.energy == "product" else every(),
         [outcomes[row] for row in rows.tolist()],
         groups,
         list(range(depth)),
@@ -176,7 +194,6 @@ def _train(
         seed=settings.seed,
         progress=None if progress is None else lambda done, total: progress(stage, done, total),
     )
-    directions = harm_direction(states[:, 0], harmful)
     return Energies(
         {layer: result.models.tensors_of(at) for at, layer in enumerate(result.models.layers)},
         {layer: _guard(directions[layer], result.models.tensors_of(layer)) for layer in range(depth)},

@@ -8,8 +8,8 @@ Three passes, each over fewer settings. Screening looks at the first generated t
 say how likely a refusal is after each first token, and one token costs a twentieth of a verdict; the KL on neutral prompts
 is measured there too. The best settings then get whole verdicts. The best of those that keep safety get the quality
 measures, in order, until one passes; one that fails is tried again with three quarters of its way, as often as there are
-finalists. Where no finalist keeps safety, as many others get whole verdicts, the safest first. All trials start from the same prompt caches. Every trial is a row of the frontier, which is kept; a resumed run
-reads it again.
+finalists. Where no finalist keeps safety, as many others get whole verdicts, the safest first. All trials start from the
+same prompt caches. Every trial is a row of the frontier, which is kept; a resumed run reads it again.
 """
 
 from __future__ import annotations

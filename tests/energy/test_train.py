@@ -196,6 +196,25 @@ def test_a_model_that_never_refuses_has_nothing_to_learn() -> None:
         train(states, outcomes, [f"one family of {name}" for name in outcomes], [0, 1], FAST)
 
 
+def test_product_energies_are_the_same_whether_states_come_at_once_or_by_layer() -> None:
+    states, outcomes, groups = synthetic()
+    product = TrainingSettings()
+    asked: list[int] = []
+
+    def layer(at: int) -> Tensor:
+        asked.append(at)
+        return states[:, at].double()
+
+    whole = train(states, outcomes, groups, [4, 7], product, benign_weight=2.0)
+    by_layer = train(layer, outcomes, groups, [4, 7], product, benign_weight=2.0)
+    assert asked == [0, 1]
+    assert whole.auroc == by_layer.auroc
+    for name, tensor in whole.models.state_dict().items():
+        assert torch.equal(tensor, by_layer.models.state_dict()[name])
+    with pytest.raises(TypeError, match="all layers at once"):
+        train(layer, outcomes, groups, [4, 7], FAST)
+
+
 def test_the_harm_direction_points_from_benign_to_harmful() -> None:
     states, outcomes, _ = synthetic(each=200)
     harmful = torch.tensor([BENIGN_HARMFUL[name][0] == 1 for name in outcomes])

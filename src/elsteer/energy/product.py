@@ -64,20 +64,41 @@ class ProductEnergies(nn.Module):
             one moves the line where refusing is due towards harm. ridge: its L2 penalty, on x, for the mean loss.
         Every kind of prompt must have rows of either verdict.
         """
-        kind = harmful.cpu().numpy()
-        rows = np.where(kind, 1 / kind.sum(), benign_weight / (~kind).sum())
-        rows *= len(kind) / rows.sum()
         for at in range(len(self.layers)):
-            self.mean[at], self.scale[at] = standardised(states[:, at])
-            x = ((states[:, at].double() - self.mean[at]) / self.scale[at]).cpu()
-            found = LogisticRegression(C=1 / (ridge * len(kind)), max_iter=1000, tol=1e-5)
-            found.fit(x.numpy(), kind, sample_weight=rows)
-            sides = verdict_means(x, harmful.cpu(), refused.cpu())
-            c, e = verdict_row(sides, sides[1] - sides[0])
-            self.weight[at] = torch.stack([torch.from_numpy(found.coef_[0]), c])
-            self.bias[at] = torch.stack([torch.tensor(float(found.intercept_[0])).double(), e])
+            mean, scale = standardised(states[:, at])
+            x = ((states[:, at].double() - mean) / scale).cpu()
+            self.fit_layer(at, x, mean, scale, harmful.cpu(), refused.cpu(), benign_weight=benign_weight, ridge=ridge)
             if progress is not None:
                 progress(at + 1)
+
+    def fit_layer(
+        self,
+        at: int,
+        x: Tensor,
+        mean: Tensor,
+        scale: Tensor,
+        harmful: Tensor,
+        refused: Tensor,
+        rows: Tensor | None = None,
+        *,
+        benign_weight: float = 1.0,
+        ridge: float = 0.01,
+    ) -> None:
+        """`fit` for the layer at place `at`, from its x (N, d) in float64, of `mean` (d,) and `scale` ().
+
+        rows: (N,) bool, those that count (all by default). x is not copied.
+        """
+        taken = torch.ones(len(x), dtype=torch.bool) if rows is None else rows
+        kind, used = harmful.numpy(), taken.numpy()
+        weights = np.where(kind, 1 / (kind & used).sum(), benign_weight / (~kind & used).sum()) * used
+        weights *= used.sum() / weights.sum()
+        found = LogisticRegression(C=1 / (ridge * used.sum()), max_iter=1000, tol=1e-5)
+        found.fit(x.numpy(), kind, sample_weight=weights)
+        sides = verdict_means(x, harmful, refused, taken)
+        c, e = verdict_row(sides, sides[1] - sides[0])
+        self.mean[at], self.scale[at] = mean, scale
+        self.weight[at] = torch.stack([torch.from_numpy(found.coef_[0]), c])
+        self.bias[at] = torch.stack([torch.tensor(float(found.intercept_[0])).double(), e])
 
     def forward(self, states: Tensor) -> Tensor:
         """Energies (N, L) of states (N, L, d)."""
@@ -129,7 +150,12 @@ def verdict_row(means: Tensor, way: Tensor) -> tuple[Tensor, Tensor]:
     return c, -c @ means.mean(dim=0)
 
 
-def verdict_means(x: Tensor, harmful: Tensor, refused: Tensor) -> Tensor:
-    """(2, d): means of the answered and of the refused states x (n, d), averaged over benign and harmful prompts."""
-    parts = [[x[(harmful == kind) & (refused == said)].mean(dim=0) for kind in (False, True)] for said in (False, True)]
-    return torch.stack([torch.stack(part).mean(dim=0) for part in parts])
+def verdict_means(x: Tensor, harmful: Tensor, refused: Tensor, rows: Tensor | None = None) -> Tensor:
+    """(2, d): means of the answered and of the refused states x (n, d), averaged over benign and harmful prompts.
+
+    rows: (n,) bool, those that count (all by default).
+    """
+    taken = torch.ones_like(harmful) if rows is None else rows
+    groups = [[(harmful == kind) & (refused == said) & taken for kind in (False, True)] for said in (False, True)]
+    shares = torch.stack([sum(group.to(x) / group.sum() for group in pair) / 2 for pair in groups])  # type: ignore[misc]
+    return shares @ x

@@ -159,12 +159,17 @@ class SteeredProducts(nn.Module):
         return {layer: one(at) for at, layer in enumerate(self.layers)}
 
     @torch.no_grad()
-    def tensors(self, states: Tensor, harmful: Tensor, refused: Tensor) -> dict[int, dict[str, Tensor]]:
-        """By layer, the tensors of the product energy, its v read off states (n, L, d); harmful, refused: (n,) bool."""
+    def tensors(
+        self, states: Tensor, harmful: Tensor, refused: Tensor, rows: Tensor | None = None
+    ) -> dict[int, dict[str, Tensor]]:
+        """By layer, the tensors of the product energy, its v read off states (n, L, d); harmful, refused, rows: (n,) bool.
+
+        rows: those that count (all by default).
+        """
         found, along = {}, self.directions()
         for at, layer in enumerate(self.layers):
             x = (states[:, at].double() - self.mean[at].double()) / self.scale[at].double()
-            c, e = verdict_row(verdict_means(x, harmful, refused), along[at].double())
+            c, e = verdict_row(verdict_means(x, harmful, refused, rows), along[at].double())
             found[layer] = {
                 "weight": torch.cat([self.due[at][None], c.float()[None], self.units[at]]),
                 "bias": torch.cat([self.offset[at][None], e.float()[None], self.thresholds[at]]),

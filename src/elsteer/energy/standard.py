@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 __all__ = ["standardised"]
@@ -9,6 +10,7 @@ __all__ = ["standardised"]
 
 def standardised(states: Tensor) -> tuple[Tensor, Tensor]:
     """Mean (d,) and scale (), the root mean square of states (N, d) minus the mean, over all coordinates; float32."""
-    rows = states.double()
-    mean = rows.mean(dim=0)
-    return mean.float(), (rows - mean).square().mean().sqrt().clamp_min(1e-8).float()
+    parts = states.split(4096)  # a float64 copy of all of them would double the memory
+    mean = torch.stack([part.double().sum(dim=0) for part in parts]).sum(dim=0) / len(states)
+    squares = torch.stack([(part.double() - mean).square().sum() for part in parts]).sum()
+    return mean.float(), (squares / states.numel()).sqrt().clamp_min(1e-8).float()

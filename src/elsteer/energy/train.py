@@ -34,7 +34,8 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from elsteer.energy.model import EnergyModels
-from elsteer.energy.product import ProductEnergies
+from elsteer.energy.product import ProductEnergies, product_energy
+from elsteer.energy.standard import standardised
 from elsteer.errors import RunError
 from elsteer.settings import TrainingSettings
 
@@ -69,12 +70,13 @@ def auroc(energies: Tensor, undesirable: Tensor) -> Tensor:
 
 def harm_direction(states: Tensor, harmful: Tensor) -> Tensor:
     """(L, d) unit vectors: mean of harmful minus mean of benign prompts' states (n, L, d); the guard's directions."""
-    difference = states[harmful].mean(dim=0) - states[~harmful].mean(dim=0)
+    share = harmful.to(states) / harmful.sum() - (~harmful).to(states) / (~harmful).sum()
+    difference = torch.einsum("n,nld->ld", share, states)
     return difference / difference.norm(dim=-1, keepdim=True).clamp_min(1e-12)
 
 
 def train(
-    states: Tensor,
+    states: Tensor | Callable[[int], Tensor],
     outcomes: Sequence[str],
     groups: Sequence[str],
     layers: list[int],
@@ -87,9 +89,10 @@ def train(
 ) -> TrainingResult:
     """Train one energy model per layer.
 
-    states: (n, L, d), the layers in the order of `layers`; outcomes: n names; groups: n names, rows of one group (a
-    prompt's tokens, a family) never stand on both sides of the validation split. Raises RunError where an outcome is so
-    rare that one kind of prompt teaches nothing (fewer than 8 rows of it).
+    states: (n, L, d), the layers in the order of `layers`; for product energies also a function that gives the states (n, d)
+    at a place of `layers` in float64, to be overwritten, so that memory holds one layer at a time. outcomes: n names. groups:
+    n names, rows of one group (a prompt's tokens, a family) never stand on both sides of the validation split. Raises
+    RunError where an outcome is so rare that one kind of prompt teaches nothing (fewer than 8 rows of it).
     """
     counts = {name: sum(one == name for one in outcomes) for name in BENIGN_HARMFUL}
     _require(counts)
@@ -101,9 +104,12 @@ def train(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if settings.energy == "product":
+            read = states if callable(states) else lambda at: states[:, at].double().clone().cpu()
             return _product(
-                states, harmful, undesirable, fit_rows, check_rows, layers, settings, benign_weight, counts, progress
+                read, harmful, undesirable, fit_rows, check_rows, layers, settings, benign_weight, counts, progress
             )
+        if callable(states):
+            raise TypeError("networks are trained on all layers at once: give the states as a tensor")
         models = EnergyModels(
             layers,
             states.shape[-1],
@@ -120,7 +126,7 @@ def train(
 
 
 def _product(
-    states: Tensor,
+    read: Callable[[int], Tensor],
     harmful: Tensor,
     undesirable: Tensor,
     fit_rows: Tensor,
@@ -132,22 +138,29 @@ def _product(
     progress: Callable[[int, int], None] | None,
 ) -> TrainingResult:
     """Product energies of all rows; the AUROCs are of the validation rows, by energies fitted without them."""
-    refused, scores = harmful ^ undesirable, {}
-    for rows, done in ((fit_rows, 0), (torch.arange(len(states)), len(layers))):
-        models = ProductEnergies(layers, states.shape[-1])
-        models.fit(
-            states[rows],
-            harmful[rows],
-            refused[rows],
-            benign_weight=benign_weight,
-            ridge=settings.ridge,
-            progress=None if progress is None else lambda at, done=done: progress(done + at, 2 * len(layers)),  # type: ignore[misc]
-        )
-        if done == 0:
-            within, _ = _check(models, states, harmful, undesirable, check_rows, None)
-            scores = {
-                layer: {name: float(value[at]) for name, value in within.items()} for at, layer in enumerate(layers)
-            }
+    refused = harmful ^ undesirable
+    h, u = harmful[check_rows], undesirable[check_rows]
+    seen = torch.zeros(len(harmful), dtype=torch.bool)
+    seen[fit_rows] = True
+    scores: dict[int, dict[str, float]] = {}
+    models: ProductEnergies | None = None
+    for at, layer in enumerate(layers):
+        x = read(at)
+        mean, scale = standardised(x)
+        x.sub_(mean).div_(scale)
+        models = models or ProductEnergies(layers, x.shape[1])
+        for rows in (seen, None):
+            models.fit_layer(
+                at, x, mean, scale, harmful, refused, rows, benign_weight=benign_weight, ridge=settings.ridge
+            )
+            if rows is not None:
+                z = torch.addmm(models.bias[at], x[check_rows].float(), models.weight[at].T)
+                energies = product_energy(z)[:, None]
+                within = {"all": (energies, u), "benign": (energies[~h], u[~h]), "harmful": (energies[h], u[h])}
+                scores[layer] = {name: float(auroc(*pair)[0]) for name, pair in within.items()}
+        if progress is not None:
+            progress(at + 1, len(layers))
+    assert models is not None
     return TrainingResult(models, scores, dict.fromkeys(layers, 0), counts)
 
 
@@ -276,7 +289,7 @@ def _draw(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def _check(
-    models: EnergyModels | ProductEnergies,
+    models: EnergyModels,
     states: Tensor,
     harmful: Tensor,
     undesirable: Tensor,
