@@ -81,9 +81,9 @@ def main() -> None:
                         "paper": lambda: by_autograd(lambda h: paper(h)[:, 0], states, 1.0, steps),  # noqa: B023
                     }
                     times = in_turn(runs, 3, 0.01)
-                    width = len(w)
-                    moved = 4 * (2 * width * size + 3 * rows * size)
-                    floor = max(moved / bandwidth, 4 * rows * size * width / rate)
+                    width = len(descent.down) + len(descent.up)  # rows of the two thin matrices
+                    moved = 4 * (width * size + 3 * rows * size)
+                    floor = max(moved / bandwidth, 2 * rows * size * width / rate)
                     found, over = ratio(times["paper"], times["ours"]), ratio(times["autograd"], times["ours"])
                     ratios[name].append(found)
                     table.append(

@@ -367,6 +367,27 @@ def test_the_best_bands_are_tried_one_layer_earlier_and_later(
     assert all(layer in tuner.bases[1.0].tensors for band in bands_tried for layer in band)
 
 
+def test_where_no_finalist_keeps_safety_the_safest_others_are_judged(
+    tiny: Tiny, plain: list[Completion], tmp_path: Path
+) -> None:
+    def does(rule: dict[str, Any]) -> tuple[float, float, float]:
+        return (0.9, 0.6, 1.0) if whole_way(rule) == 1.0 else (0.7, 0.7, 1.0)
+
+    tuner = unmoved(scripted(tiny, plain, tmp_path, does, finalists=1))
+    told = tuner._judged
+
+    def judged(rule: dict[str, Any]) -> Trial:  # the first token promised too much
+        found = told(rule)
+        return replace(found, refused_harmful=0.4, why_not=["margin"]) if whole_way(rule) == 1.0 else found
+
+    tuner._judged = judged  # type: ignore[method-assign]
+    found = tuner.search(AUROCS)
+    assert found is not None
+    assert found.feasible
+    assert whole_way(found.rule) == 0.5
+    assert [one.stage for one in tuner.trials.values()].count("verdicts") == 2
+
+
 def test_it_is_not_shortened_for_ever(tiny: Tiny, plain: list[Completion], tmp_path: Path) -> None:
     tuner = scripted(tiny, plain, tmp_path, lambda rule: (0.9, 0.6, 1.5), etas=(0.5,), finalists=2)
     assert tuner.search(AUROCS) is None
