@@ -22,7 +22,7 @@ from elsteer.files import write_json
 from elsteer.fitting import fit
 from elsteer.landscape import Landscape
 from elsteer.models import left_pad, load
-from elsteer.prompts import load_starter
+from elsteer.prompts import Prompt, load_starter
 from elsteer.run import key_of
 from elsteer.settings import CollectSettings, FitSettings, TrainingSettings, TuningSettings
 
@@ -33,15 +33,16 @@ MODEL = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
 
 # A fit that two cores finish in minutes: `elsteer fit` takes more prompts, answers more of them in full and tries more settings.
 SETTINGS = FitSettings(
-    limit=450,
-    dev_limit=120,
-    collect=CollectSettings(full_answers=96),
-    training=TrainingSettings(benign_weights=(2.5, 4.0)),
+    limit=1000,
+    dev_limit=150,
+    collect=CollectSettings(full_answers=64, max_new_tokens=24),
+    training=TrainingSettings(benign_weights=(2.5, 4.0, 7.0)),
     tuning=TuningSettings(
-        etas=(0.1, 0.14), bands=2, finalists=1, quality_prompts=16, quality_tokens=24, neutral_prompts=8
+        etas=(0.1,), tokens=16, bands=3, finalists=1, quality_prompts=16, quality_tokens=24, neutral_prompts=8
     ),
 )
 TEST_PROMPTS = 120  # held-out starter prompts that are answered
+LONGEST = 90  # characters of a training prompt: the time goes into reading them
 
 
 @dataclass
@@ -64,6 +65,11 @@ def fast_dtype() -> torch.dtype:
     return torch.bfloat16 if any(ask is not None and ask() for ask in native) else torch.float32
 
 
+def training_prompts() -> list[Prompt]:
+    """The short starter prompts of the train split, without the closest twins, of which it takes more than minutes to learn."""
+    return [one for one in load_starter("train") if len(one.text) <= LONGEST and not one.family.startswith("twins/")]
+
+
 def demo(
     *, run_dir: str | Path = "runs/demo", model: str = MODEL, dtype: str = "auto", progress: Progress | None = None
 ) -> DemoResult:
@@ -84,7 +90,7 @@ def demo(
         landscape = fit(
             llm,
             tokenizer,
-            load_starter("train"),
+            training_prompts(),
             dev=load_starter("dev"),
             run_dir=run_dir,
             settings=settings,
@@ -120,6 +126,7 @@ def _evaluate(
         ["starter"],
         run_dir=run_dir,
         limit=TEST_PROMPTS,
+        max_new_tokens=24,
         quality_prompts=24,
         quality_tokens=32,
         frontier_png=frontier.read_bytes() if frontier.exists() else None,
