@@ -25,10 +25,8 @@ help:
 demo: .venv/.installed
 	@$(PY) -m elsteer demo $(ARGS)
 
-# Tiny models gain nothing from threads: a process per core. The real model has all cores to itself.
 test: lint
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -m "not real" --numprocesses auto --maxprocesses 8 --durations 10
-	@$(PY) -m pytest -m real --durations 10
+	@$(PY) -m pytest --durations 15
 
 lint: .venv/.installed-dev
 	@$(PY) -m ruff check .
