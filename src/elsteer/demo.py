@@ -36,9 +36,16 @@ SETTINGS = FitSettings(
     limit=1000,
     dev_limit=150,
     collect=CollectSettings(full_answers=64, max_new_tokens=24),
-    training=TrainingSettings(benign_weights=(2.5, 4.0, 7.0)),
+    training=TrainingSettings(benign_weights=(5.0, 8.0, 12.0)),
     tuning=TuningSettings(
-        etas=(0.1,), tokens=16, bands=3, finalists=1, quality_prompts=16, quality_tokens=24, neutral_prompts=8
+        etas=(0.1,),
+        tokens=16,
+        bands=3,
+        finalists=2,
+        worst_source=-0.1,  # of one source of some 65 harmful prompts, uncertain by half of that; safety_margin bounds it too
+        quality_prompts=16,
+        quality_tokens=24,
+        neutral_prompts=8,
     ),
 )
 TEST_PROMPTS = 120  # held-out starter prompts that are answered

@@ -44,7 +44,7 @@ class TrainingSettings(_Settings):
         0.1, ge=0, description="Weight of staying as it is where the model is right, in training through the model."
     )
     refine_band: tuple[float, float] = Field(
-        (0.42, 0.83), description="Blocks that are trained through the model, from and up to, as shares of the depth."
+        (0.5, 0.92), description="Blocks that are trained through the model, from and up to, as shares of the depth."
     )
     refine_units: int = Field(
         64, ge=0, description="Hidden units that training through the model gives to whether refusing is due."
@@ -64,7 +64,7 @@ class TrainingSettings(_Settings):
         description="How far the counterpart of a state lies, in mean differences of the outcomes of its kind; 0: none.",
     )
     benign_weights: tuple[Annotated[float, Field(gt=0)], ...] = Field(
-        (2.5, 1.6, 4.0),
+        (2.5, 1.6, 3.2, 4.0, 5.0, 6.5),
         min_length=1,
         description="Weights of the benign half of the loss to try: a higher one turns spare safety into fewer false refusals.",
     )
@@ -98,7 +98,7 @@ class TuningSettings(_Settings):
     )
     guards: tuple[bool, ...] = Field((True,), description="Whether the guard is tried on, off or both.")
     tokens: int = Field(24, ge=4, description="Tokens of an answer that tuning looks at most.")
-    finalists: int = Field(2, ge=1, description="Settings that are judged on whole verdicts after the screening.")
+    finalists: int = Field(3, ge=1, description="Settings that are judged on whole verdicts after the screening.")
     least_removed: float = Field(
         0.0, description="Share of the false refusals on dev that must go: settings with no more are not taken."
     )

@@ -100,13 +100,21 @@ def train_energies(
             found[weight] = read_energies(folder)
             continue
         shuffle = settings.shuffle_outcomes
-        energies = _train(run, prompts, completions, settings, depth, weight, progress, shuffle=shuffle)
         # Shuffled outcomes say nothing of single tokens, which is what training through the model learns from.
-        if product and through is not None and training.refine_epochs and not shuffle:
-            energies = _refined(run, prompts, completions, settings, energies, depth, weight, through)
+        refined = product and through is not None and training.refine_epochs > 0 and not shuffle
+        layers = _refine_band(settings, depth) if refined else range(depth)  # the others would be dropped
+        energies = _train(run, prompts, completions, settings, layers, weight, progress, shuffle=shuffle)
+        if refined and through is not None:
+            energies = _refined(run, prompts, completions, settings, energies, weight, through)
         save_energies(folder, energies)
         found[weight] = energies
     return found, key
+
+
+def _refine_band(settings: FitSettings, depth: int) -> range:
+    """The blocks of `refine_band`, one at least."""
+    first, stop = (round(share * depth) for share in settings.training.refine_band)
+    return range(min(first, depth - 1), max(stop, first + 1))
 
 
 def _refined(
@@ -115,16 +123,14 @@ def _refined(
     completions: Sequence[Completion],
     settings: FitSettings,
     energies: Energies,
-    depth: int,
     weight: float,
     through: Callable[[SteeredProducts, float], object],
 ) -> Energies:
-    """The energies of the blocks of `refine_band`, trained through the model."""
-    first, stop = (round(share * depth) for share in settings.training.refine_band)
-    band = range(min(first, depth - 1), max(stop, first + 1))
+    """`energies`, all of neighbouring blocks, trained through the model."""
+    band = sorted(energies.tensors)
     harm = {layer: energies.guards[layer][:, 0] for layer in band}
-    products = SteeredProducts({layer: energies.tensors[layer] for layer in band}, harm)
-    blocks = slice(band.start, band.stop)
+    products = SteeredProducts(energies.tensors, harm)
+    blocks = slice(band[0], band[-1] + 1)
     store, ids = StateStore(run / "states"), [one.id for one in prompts]
     harmful = torch.tensor([one.harmful for one in prompts])
     scored = torch.tensor([one.label != "unscored" for one in completions])
@@ -145,12 +151,13 @@ def _train(
     prompts: Sequence[Prompt],
     completions: Sequence[Completion],
     settings: FitSettings,
-    depth: int,
+    layers: Sequence[int],
     weight: float,
     progress: Progress | None,
     *,
     shuffle: bool,
 ) -> Energies:
+    """Energies of the neighbouring blocks `layers`."""
     scored = [
         (prompt, outcome)
         for prompt, one in zip(prompts, completions, strict=True)
@@ -173,30 +180,32 @@ def _train(
     stage = f"training the energy models, benign weight {weight:g}"
     directions: dict[int, Tensor] = {}
 
-    def layer(at: int) -> Tensor:
+    def states_of(at: int) -> Tensor:
         """One layer's states (n, d); memory does not hold those of all layers."""
-        found = store.read(ids, layers=slice(at, at + 1), dtype=torch.float64)[0][:, :, 0]
-        directions[at] = harm_direction(found[:, :1], harmful)[0].float()
+        layer = layers[at]
+        found = store.read(ids, layers=slice(layer, layer + 1), dtype=torch.float64)[0][:, :, 0]
+        directions[layer] = harm_direction(found[:, :1], harmful)[0].float()
         return found[:, 0] if found.shape[1] == 1 else found[rows, tokens]
 
     def every() -> Tensor:
-        found = store.read(ids)[0]
-        directions.update(enumerate(harm_direction(found[:, 0], harmful)))
+        found = store.read(ids, layers=slice(layers[0], layers[-1] + 1))[0]
+        directions.update(zip(layers, harm_direction(found[:, 0], harmful), strict=True))
         return found[rows, tokens]
 
     result = train(
-        layer if settings.training.energy == "product" else every(),
+        states_of if settings.training.energy == "product" else every(),
         [outcomes[row] for row in rows.tolist()],
         groups,
-        list(range(depth)),
+        list(layers),
         settings.training,
         benign_weight=weight,
         seed=settings.seed,
         progress=None if progress is None else lambda done, total: progress(stage, done, total),
     )
+    tensors = {layer: result.models.tensors_of(at) for at, layer in enumerate(layers)}
     return Energies(
-        {layer: result.models.tensors_of(at) for at, layer in enumerate(result.models.layers)},
-        {layer: _guard(directions[layer], result.models.tensors_of(layer)) for layer in range(depth)},
+        tensors,
+        {layer: _guard(directions[layer], found) for layer, found in tensors.items()},
         result.auroc,
         result.epochs,
         {name: outcomes.count(name) for name in ("helpful", "false_refusal", "safe_refusal", "jailbreak")},
@@ -282,8 +291,9 @@ def shuffled_control(run_dir: str | Path, landscape: Landscape, progress: Progre
     completions = [known[one.id] for one in prompts]
     chosen = landscape.provenance.get("dev", {}).get("rule", {})
     weight = float(chosen.get("benign_weight", settings.training.benign_weights[0]))
-    depth = landscape.fingerprint.num_layers
-    energies = _train(run, prompts, completions, settings, depth, weight, progress, shuffle=True)
+    steered = landscape.rule.layers
+    layers = range(min(steered), max(steered) + 1)
+    energies = _train(run, prompts, completions, settings, layers, weight, progress, shuffle=True)
     rule = dataclasses.replace(landscape.rule, gates=None)
     about = {"settings": landscape.provenance.get("settings", {}), "control": "energies of shuffled outcomes"}
     return Landscape(rule, energies.tensors, energies.useful_guards(), landscape.fingerprint, about, method="shuffled")

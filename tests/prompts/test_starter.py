@@ -123,7 +123,7 @@ def test_prompts_are_one_short_line() -> None:
         text = row["prompt"]
         assert text == text.strip()
         assert "\n" not in text
-        assert 3 <= len(text.split()) <= 35, text
+        assert 3 <= len(text.split()) <= 45, text
 
 
 def test_no_prompt_stands_twice() -> None:
