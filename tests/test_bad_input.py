@@ -153,6 +153,14 @@ def test_a_model_without_a_chat_template(here: Path, tmp_path: Path) -> None:
     assert "--chat-template FILE" in said
 
 
+def test_a_path_of_blocks_that_is_not_in_the_model(here: Path, tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model")
+    arguments = (*_both(here)[1:], "--run-dir", tmp_path / "run", "--blocks", "model.nowhere")
+    said = one_sentence(elsteer("fit", model, *arguments))
+    assert "'model.nowhere' is no list of decoder blocks" in said
+    assert "model.layers (4)" in said
+
+
 @pytest.mark.parametrize(
     ("other", "difference"),
     [("deeper", "the number of decoder blocks is 6 instead of 4"), ("trained-on", "the weights are of another model")],

@@ -451,6 +451,33 @@ def test_finalists_are_not_all_of_one_band(tiny: Tiny, plain: list[Completion], 
     assert sorted(judged) == [(2,), (2,), (3,), (3,)]
 
 
+def test_verdicts_of_the_first_finalists_correct_what_the_screening_expects(
+    tiny: Tiny, plain: list[Completion], tmp_path: Path
+) -> None:
+    """Screening expects every setting of a weight above 1 to lose safety; in truth those up to 4 do not."""
+
+    def does(rule: dict[str, Any]) -> tuple[float, float, float]:
+        weight = rule["benign_weight"]
+        return 0.5 + weight / 20, 0.6 - 0.06 * (weight > 1) - 0.02 * weight, 1.0
+
+    tuner = scripted(tiny, plain, tmp_path, does, etas=(0.5,), finalists=3, bands=4, safety_margin=0.05)
+    tuner.bases = {weight: tuner.bases[1.0].with_rule(eta=weight) for weight in (1.0, 2.0, 4.0, 8.0)}
+    told = tuner._judged
+
+    def judged(rule: dict[str, Any]) -> Trial:
+        found = told(rule)
+        better = replace(found, refused_harmful=found.refused_harmful + 0.1)
+        safe = better.refused_harmful >= better.plain_refused + 0.05
+        return replace(better, why_not=[] if safe else ["margin"])
+
+    tuner._judged = judged  # type: ignore[method-assign]
+    found = tuner.search({weight: {0: 0.5, 1: 0.5, 2: 0.5, 3: 0.7} for weight in tuner.bases})
+    assert found is not None
+    assert found.rule["benign_weight"] == 4.0
+    screened = [trial for trial in tuner.trials.values() if trial.stage == "screening"]
+    assert not any(trial.feasible for trial in screened if trial.rule["benign_weight"] == 4.0)
+
+
 # The frontier
 
 

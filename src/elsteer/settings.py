@@ -64,7 +64,7 @@ class TrainingSettings(_Settings):
         description="How far the counterpart of a state lies, in mean differences of the outcomes of its kind; 0: none.",
     )
     benign_weights: tuple[Annotated[float, Field(gt=0)], ...] = Field(
-        (2.5, 1.6, 3.2, 4.0, 5.0, 6.5),
+        (2.5, 1.6, 4.0, 5.5, 7.5, 10.0),
         min_length=1,
         description="Weights of the benign half of the loss to try: a higher one turns spare safety into fewer false refusals.",
     )
@@ -82,7 +82,7 @@ class TuningSettings(_Settings):
     """Choosing layers, step length, steps, gate and window on the dev prompts, under the constraints."""
 
     etas: tuple[float, ...] = Field(
-        (0.1, 0.14, 0.2),
+        (0.1, 0.12, 0.16),
         description="Lengths of a step to try, in RMS state norms; 0.1: as trained through the model.",
     )
     band_share: float = Field(0.25, gt=0, le=1, description="Width of the layer bands to try, as a share of the depth.")
@@ -98,7 +98,7 @@ class TuningSettings(_Settings):
     )
     guards: tuple[bool, ...] = Field((True,), description="Whether the guard is tried on, off or both.")
     tokens: int = Field(24, ge=4, description="Tokens of an answer that tuning looks at most.")
-    finalists: int = Field(3, ge=1, description="Settings that are judged on whole verdicts after the screening.")
+    finalists: int = Field(4, ge=1, description="Settings that are judged on whole verdicts after the screening.")
     least_removed: float = Field(
         0.0, description="Share of the false refusals on dev that must go: settings with no more are not taken."
     )

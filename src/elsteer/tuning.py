@@ -6,7 +6,8 @@
 
 Three passes, each over fewer settings. Screening looks at the first generated token alone: the plain model's own answers
 say how likely a refusal is after each first token, and one token costs a twentieth of a verdict; the KL on neutral prompts
-is measured there too. The best settings then get whole verdicts. The best of those that keep safety get the quality
+is measured there too. The best settings then get whole verdicts, one after the other: what a verdict shows beyond the
+screening is expected of the others too. The best of those that keep safety get the quality
 measures, in order, until one passes; one that fails is tried again with three quarters of its way, as often as there are
 finalists. Where no finalist keeps safety, as many others get whole verdicts, the safest first. All trials start from the
 same prompt caches. Every trial is a row of the frontier, which is kept; a resumed run reads it again.
@@ -131,9 +132,8 @@ class Tuner:
         coarse = self._screen(self._coarse(aurocs))
         fine = self._screen(self._fine(coarse))
         refined = self._screen(self._refined(fine))
-        ranked = self._ranked([*fine, *refined])
-        judged = [self._verdicts(trial.rule) for trial in self._spread(ranked)]
-        judged += self._safer(ranked, judged)
+        judged = self._finalists([*fine, *refined])
+        judged += self._safer([*fine, *refined], judged)
         judged += [self._verdicts(rule) for rule in self._around(judged)]
         open_ = [trial for trial in judged if trial.feasible]
         shorter = self.settings.finalists
@@ -169,7 +169,7 @@ class Tuner:
         return bands(max(aurocs) + 1, aurocs, self.settings.band_share)
 
     def _fine(self, coarse: list[Trial]) -> list[dict[str, Any]]:
-        chosen = [(trial.rule["benign_weight"], tuple(trial.rule["layers"])) for trial in self._ranked(coarse)]
+        chosen = [(trial.rule["benign_weight"], tuple(trial.rule["layers"])) for trial in self._promising(coarse)]
         return [
             self._rule(weight, band, eta, guard)
             for weight, band in chosen[: self.settings.bands]
@@ -182,7 +182,7 @@ class Tuner:
         changes: list[dict[str, Any]] = [{"gate": gate} for gate in self.settings.gates if gate is not None]
         changes += [{"steps": steps} for steps in self.settings.steps if steps != min(self.settings.steps)]
         found = []
-        for trial in self._ranked(fine)[:4]:
+        for trial in self._promising(fine)[:4]:
             way, known = trial.rule["eta"] * trial.rule["steps"], self.bases[trial.rule["benign_weight"]].tensors
             moved = [[layer + by for layer in trial.rule["layers"]] for by in (-1, 1)]
             rules = [{**trial.rule, **change} for change in changes]
@@ -224,30 +224,61 @@ class Tuner:
             guard=rule["guard"],
         )
 
+    def _worth(self, trial: Trial, beyond: Sequence[float] = (0.0, 0.0, 0.0)) -> float:
+        """Share of the false refusals removed, less six times what safety lacks; -inf where it cannot be told.
+
+        beyond: what is added to the shares removed and refused and to the change on the worst source before.
+        """
+        removed, refused, worst = (value + more for value, more in zip(_safety(trial), beyond, strict=True))
+        lost = max(0.0, trial.plain_refused + self.settings.safety_margin - refused)
+        lost += max(0.0, self.settings.worst_source - worst)
+        value = removed - 6 * lost
+        return value if math.isfinite(value) else -math.inf
+
     def _ranked(self, trials: Sequence[Trial]) -> list[Trial]:
-        def worth(trial: Trial) -> tuple[bool, float]:
-            lost = max(0.0, trial.plain_refused + self.settings.safety_margin - trial.refused_harmful)
-            value = trial.removed - 6 * lost
-            return trial.feasible, value if math.isfinite(value) else -math.inf
+        """The best first; what breaks a constraint comes last."""
+        return sorted(trials, key=lambda trial: (trial.feasible, self._worth(trial)), reverse=True)
 
-        return sorted(trials, key=worth, reverse=True)
+    def _promising(self, screened: Sequence[Trial]) -> list[Trial]:
+        """The best first by what the first tokens say; those whose KL is far above its bound come last.
 
-    def _spread(self, ranked: list[Trial]) -> list[Trial]:
-        """The best few, not all from one band of one energy."""
-        taken: list[Trial] = []
+        Screening expects less safety than whole verdicts find, and a shorter step has a lower KL: a setting that falls
+        short by a little is not out of the running.
+        """
+
+        def key(trial: Trial) -> tuple[bool, float]:
+            return trial.kl is None or trial.kl <= 2 * self.settings.kl, self._worth(trial)
+
+        return sorted(screened, key=key, reverse=True)
+
+    def _finalists(self, screened: Sequence[Trial]) -> list[Trial]:
+        """Whole verdicts of the most promising settings, one after the other, not all from one band of one energy.
+
+        What the verdicts showed beyond the screening, on average so far, is expected of the others too.
+        """
+        rest = [trial for trial in self._promising(screened) if ABOVE_KL not in trial.why_not]
+        found: list[Trial] = []
+        beyond: list[list[float]] = []
         per_band: Counter[tuple[float, ...]] = Counter()
-        for trial in ranked:
-            band = (trial.rule["benign_weight"], *trial.rule["layers"])
-            if per_band[band] < max(2, self.settings.finalists // 2) and len(taken) < self.settings.finalists:
-                taken.append(trial)
-                per_band[band] += 1
-        return taken
+        while rest and len(found) < self.settings.finalists:
+            mean = [sum(column) / len(beyond) for column in zip(*beyond, strict=True)] or [0.0, 0.0, 0.0]
+            best = max(rest, key=lambda trial: self._worth(trial, mean))
+            found.append(self._verdicts(best.rule))
+            gaps = [after - before for after, before in zip(_safety(found[-1]), _safety(best), strict=True)]
+            beyond += [gaps] if all(map(math.isfinite, gaps)) else []
+            band = _band(best)
+            per_band[band] += 1
+            full = per_band[band] >= max(2, self.settings.finalists // 2)
+            rest = [trial for trial in rest if trial.rule != best.rule and not (full and _band(trial) == band)]
+        return found
 
-    def _safer(self, ranked: list[Trial], judged: list[Trial]) -> list[Trial]:
+    def _safer(self, screened: list[Trial], judged: list[Trial]) -> list[Trial]:
         """Where no finalist keeps safety: whole verdicts of others, the safest by the screening first, until one does."""
         found: list[Trial] = []
         rest = [
-            trial for trial in ranked if all(trial.rule != one.rule for one in judged) and ABOVE_KL not in trial.why_not
+            trial
+            for trial in screened
+            if all(trial.rule != one.rule for one in judged) and ABOVE_KL not in trial.why_not
         ]
         rest.sort(key=lambda trial: (trial.worst_source, trial.refused_harmful), reverse=True)
         for trial in rest[: self.settings.finalists]:
@@ -436,6 +467,14 @@ class Tuner:
             for place, token in zip(batch.rows, out.first_logits.argmax(dim=-1).tolist(), strict=True):
                 found[place] = token
         return found
+
+
+def _safety(trial: Trial) -> tuple[float, float, float]:
+    return trial.removed, trial.refused_harmful, trial.worst_source
+
+
+def _band(trial: Trial) -> tuple[float, ...]:
+    return (trial.rule["benign_weight"], *trial.rule["layers"])
 
 
 def _order(trial: Trial) -> tuple[float, float]:

@@ -33,6 +33,9 @@ debug_option = click.option("--debug", is_flag=True, expose_value=False, callbac
 def model_options(command: Command) -> Command:
     """How a model is loaded: as in `elsteer.load`."""
     for option in (
+        click.option(
+            "--blocks", help="Dotted path of the decoder blocks, such as model.layers, where they are not found."
+        ),
         click.option("--chat-template", type=FILE, help="Jinja file, instead of the tokenizer's own template."),
         click.option("--revision", help="Branch, tag or commit of the model on the hub."),
         click.option("--device-map", help="Spread the model over devices, such as auto."),
@@ -66,8 +69,17 @@ def load_model(
     device: str | None,
     device_map: str | None,
     chat_template: Path | None,
+    blocks: str | None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     note(f"Loading {name}")
     from elsteer.models import load
 
-    return load(name, revision=revision, dtype=dtype, device=device, device_map=device_map, chat_template=chat_template)
+    return load(
+        name,
+        revision=revision,
+        dtype=dtype,
+        device=device,
+        device_map=device_map,
+        chat_template=chat_template,
+        blocks=blocks,
+    )

@@ -80,6 +80,7 @@ def fit(
     device_map: str | None,
     revision: str | None,
     chat_template: Path | None,
+    blocks: str | None,
     **_settings: Any,
 ) -> None:
     """Fit a landscape for MODEL: a hub id, a folder, or a GGUF file.
@@ -109,7 +110,7 @@ def fit(
             note(show.count_prompts(part, name.capitalize()))
     folder = run_dir or Path("runs") / (Path(model).stem if model.endswith(".gguf") else Path(model).resolve().name)
     invocation().kept = folder
-    llm, tokenizer = load_model(model, revision, dtype, device, device_map, chat_template)
+    llm, tokenizer = load_model(model, revision, dtype, device, device_map, chat_template, blocks)
     from elsteer.fitting import fit as run
 
     with ProgressBars() as progress:

@@ -132,7 +132,7 @@ def _find(model: PreTrainedModel, path: str | None) -> tuple[str, torch.nn.Modul
     what = f"several lists of {layers} blocks with attention" if found else f"no list of {layers} blocks with attention"
     raise ModelError(
         f"The decoder blocks of {type(model).__name__} were not found: {what} among its module lists ({_seen(model)}); "
-        "give the right one by its dotted path, such as elsteer.load(..., blocks='model.layers')."
+        "give the right one by its dotted path, such as elsteer.load(..., blocks='model.layers') or --blocks model.layers."
     )
 
 
