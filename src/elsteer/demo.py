@@ -36,7 +36,7 @@ SETTINGS = FitSettings(
     limit=1000,
     dev_limit=150,
     collect=CollectSettings(full_answers=64, max_new_tokens=24),
-    training=TrainingSettings(benign_weights=(5.0, 8.0, 12.0)),
+    training=TrainingSettings(benign_weights=(4.0, 7.0, 12.0)),
     tuning=TuningSettings(
         etas=(0.1,),
         tokens=16,

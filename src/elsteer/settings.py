@@ -64,7 +64,7 @@ class TrainingSettings(_Settings):
         description="How far the counterpart of a state lies, in mean differences of the outcomes of its kind; 0: none.",
     )
     benign_weights: tuple[Annotated[float, Field(gt=0)], ...] = Field(
-        (2.5, 1.6, 4.0, 5.5, 7.5, 10.0),
+        (2.5, 1.6, 3.2, 4.0, 5.0, 6.3, 8.0, 10.0),
         min_length=1,
         description="Weights of the benign half of the loss to try: a higher one turns spare safety into fewer false refusals.",
     )
