@@ -90,6 +90,10 @@ def train_energies(
     names = training.model_dump(exclude={"benign_weights", "refine_memory"})
     key = key_of(base_key, labels, names, weights[0] if product else None, settings.seed, settings.shuffle_outcomes)
     run.stage("energy", key, ["energy"])
+    # Shuffled outcomes say nothing of single tokens, which is what training through the model learns from.
+    if not product or not training.refine_epochs or settings.shuffle_outcomes:
+        through = None
+    layers = range(depth) if through is None else _refine_band(settings, depth)
     found: dict[float, Energies] = {}
     for weight in weights:
         if product and found:
@@ -100,11 +104,8 @@ def train_energies(
             found[weight] = read_energies(folder)
             continue
         shuffle = settings.shuffle_outcomes
-        # Shuffled outcomes say nothing of single tokens, which is what training through the model learns from.
-        refined = product and through is not None and training.refine_epochs > 0 and not shuffle
-        layers = _refine_band(settings, depth) if refined else range(depth)  # the others would be dropped
         energies = _train(run, prompts, completions, settings, layers, weight, progress, shuffle=shuffle)
-        if refined and through is not None:
+        if through is not None:
             energies = _refined(run, prompts, completions, settings, energies, weight, through)
         save_energies(folder, energies)
         found[weight] = energies

@@ -229,7 +229,7 @@ class Tuner:
 
         beyond: what is added to the shares removed and refused and to the change on the worst source before.
         """
-        removed, refused, worst = (value + more for value, more in zip(_safety(trial), beyond, strict=True))
+        removed, refused, worst = (value + more for value, more in zip(_rates(trial), beyond, strict=True))
         lost = max(0.0, trial.plain_refused + self.settings.safety_margin - refused)
         lost += max(0.0, self.settings.worst_source - worst)
         value = removed - 6 * lost
@@ -264,7 +264,7 @@ class Tuner:
             mean = [sum(column) / len(beyond) for column in zip(*beyond, strict=True)] or [0.0, 0.0, 0.0]
             best = max(rest, key=lambda trial: self._worth(trial, mean))
             found.append(self._verdicts(best.rule))
-            gaps = [after - before for after, before in zip(_safety(found[-1]), _safety(best), strict=True)]
+            gaps = [after - before for after, before in zip(_rates(found[-1]), _rates(best), strict=True)]
             beyond += [gaps] if all(map(math.isfinite, gaps)) else []
             band = _band(best)
             per_band[band] += 1
@@ -469,7 +469,8 @@ class Tuner:
         return found
 
 
-def _safety(trial: Trial) -> tuple[float, float, float]:
+def _rates(trial: Trial) -> tuple[float, float, float]:
+    """What decides how good a setting is: shares removed and refused, and the change on the worst source."""
     return trial.removed, trial.refused_harmful, trial.worst_source
 
 

@@ -62,24 +62,9 @@ def load_for(found: Landscape, model: str | None, **loading: Any) -> tuple[PreTr
     return llm, tokenizer
 
 
-def load_model(
-    name: str,
-    revision: str | None,
-    dtype: str,
-    device: str | None,
-    device_map: str | None,
-    chat_template: Path | None,
-    blocks: str | None,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(name: str, **loading: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """loading: the values of `model_options`."""
     note(f"Loading {name}")
     from elsteer.models import load
 
-    return load(
-        name,
-        revision=revision,
-        dtype=dtype,
-        device=device,
-        device_map=device_map,
-        chat_template=chat_template,
-        blocks=blocks,
-    )
+    return load(name, **loading)

@@ -110,7 +110,15 @@ def fit(
             note(show.count_prompts(part, name.capitalize()))
     folder = run_dir or Path("runs") / (Path(model).stem if model.endswith(".gguf") else Path(model).resolve().name)
     invocation().kept = folder
-    llm, tokenizer = load_model(model, revision, dtype, device, device_map, chat_template, blocks)
+    llm, tokenizer = load_model(
+        model,
+        revision=revision,
+        dtype=dtype,
+        device=device,
+        device_map=device_map,
+        chat_template=chat_template,
+        blocks=blocks,
+    )
     from elsteer.fitting import fit as run
 
     with ProgressBars() as progress:
