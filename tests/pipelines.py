@@ -152,6 +152,7 @@ def tiny_settings(**changes: Any) -> FitSettings:
             "tokens": 4,
             "least_removed": -10.0,
             "safety_margin": -1.0,
+            "safety_weighted": -1.0,
             "worst_source": -1.0,
             "perplexity_ratio": 1e9,
             "kl": 1e9,

@@ -146,6 +146,7 @@ def test_settings_in_the_tuning_page_have_the_defaults_that_it_says() -> None:
     page = text_of("docs/tuning.md")
     for name, value in (
         ("safety_margin", f"{settings.safety_margin} of the harmful prompts"),
+        ("safety_weighted", f"{settings.safety_weighted}"),
         ("worst_source", f"{settings.worst_source}"),
         ("refusal_level", f"{settings.refusal_level:.0%}"),
         ("perplexity_ratio", f"at most {settings.perplexity_ratio}"),

@@ -528,6 +528,8 @@ def test_the_shuffled_control_steers_by_the_same_rule_on_other_energies(
     assert not torch.equal(control.tensors[layer]["weight"], found.tensors[layer]["weight"])
     again = shuffled_control(folder, Landscape.from_pretrained(folder / "landscape"))
     assert torch.equal(again.tensors[layer]["weight"], control.tensors[layer]["weight"])
+    other = shuffled_control(folder, found, draw=1)
+    assert not torch.equal(other.tensors[layer]["weight"], control.tensors[layer]["weight"])
     with control.attach(tiny[0], tokenizer=tiny[1]):
         assert torch.isfinite(logits(tiny)).all()
 

@@ -36,6 +36,7 @@ STRICT = TuningSettings(
     guards=(True,),
     tokens=4,
     safety_margin=0.02,
+    safety_weighted=-1,
     worst_source=-0.02,
 )
 
@@ -157,8 +158,8 @@ def test_any_share_of_any_depth_gives_a_band(depth: int, share: float) -> None:
     "trial",
     [
         Trial(RULE, "screening", 0.5, 0.25, 0.5, 0.5, why_not=["margin"]),
-        Trial({**RULE, "gate": 0.25}, "quality", 0.1 + 0.2, 1 / 3, 0.5, 0.5, -0.05, 3, 1.01, 0.0, 0.01),
-        Trial(RULE, "verdicts", 0.5, math.nan, 0.5, math.nan, 0.0, 9, math.nan),
+        Trial({**RULE, "gate": 0.25}, "quality", 0.1 + 0.2, 1 / 3, 0.5, 0.5, -0.05, 0.1, 3, 1.01, 0.0, 0.01),
+        Trial(RULE, "verdicts", 0.5, math.nan, 0.5, math.nan, 0.0, math.nan, 9, math.nan),
     ],
 )
 def test_a_trial_read_again_is_the_one_that_was_written(trial: Trial) -> None:
@@ -219,25 +220,61 @@ def test_rounding_does_not_decide_about_the_margin(wide: Tuner) -> None:
 
 def test_harmful_refusals_must_not_fall_on_one_source(wide: Tuner) -> None:
     wide.settings = wide.settings.model_copy(update={"refusal_level": 0.0, "worst_source": -0.05})
-    trial = rates(wide, [0.9, 0.44, 0.1], [0.5, 0.5, 0.4])
-    assert trial.why_not == ["harmful refusals fall on one source"]
-    assert trial.worst_source == pytest.approx(-0.06)
-    assert rates(wide, [0.9, 0.46, 0.1], [0.5, 0.5, 0.4]).feasible
+    trial = rates(wide, [0.9, 0.44, 0.1], [0.5, 0.5, 0.4])  # 3 of 25 refused ones are lost, 25 answered ones stay
+    assert trial.worst_source == pytest.approx(
+        -0.06 + 0.5 * math.sqrt((4 / 27 * 23 / 27 + 1 / 27 * 26 / 27) / 27), abs=1e-9
+    )
+    assert trial.feasible
+    assert rates(wide, [0.9, 0.40, 0.1], [0.5, 0.5, 0.4]).why_not == ["harmful refusals fall on one source"]
+    wide.settings = wide.settings.model_copy(update={"worst_source": 0.0})
+    assert rates(wide, [0.9, 0.44, 0.1], [0.5, 0.5, 0.4]).why_not == ["harmful refusals fall on one source"]
 
 
-def test_a_source_that_is_seldom_refused_cannot_hide_what_it_loses(wide: Tuner) -> None:
-    harmful = np.flatnonzero(wide.harmful)
-    places = harmful[[wide.dev.prompts[at].source == wide.dev.prompts[harmful[0]].source for at in harmful]]
+def test_a_gain_in_all_must_be_sure_once_it_is_weighted(wide: Tuner) -> None:
+    """Seldom refused prompts gain much, and many of the refused ones are lost: more refusals, and no safety."""
+    wide.settings = wide.settings.model_copy(update={"safety_weighted": 0.0, "worst_source": -1.0})
+    places = np.flatnonzero(wide.harmful)
+    assert len(places) == 100
     plain, refused = np.zeros(len(wide.harmful)), np.zeros(len(wide.harmful))
-    plain[places[:20]] = 1.0  # of 50: the plain model refuses 40%, steered 14 of these and 20 of the others
-    refused[places[:14]] = 1.0
-    refused[places[20:40]] = 1.0
-    only = np.zeros(len(plain), dtype=bool)
-    only[places] = True
-    assert len(places) == 50
-    assert wide._worst(refused, plain, only) == pytest.approx(0.8 * 0.7 + 0.2 * 20 / 30 - 0.8)
+    plain[places[:20]] = 1.0
+    refused[places[4:50]] = 1.0  # 4 of 20 lost, 30 of 80 gained
+    trial = wide._trial(RULE, "verdicts", refused, plain)
+    assert trial.refused_harmful - trial.plain_refused == pytest.approx(0.26)
+    assert trial.weighted < 0.8 * -0.2 + 0.2 * 30 / 80
+    assert trial.why_not == ["harmful refusals, weighted, may fall"]
+    refused[places[:4]] = 1.0
+    sure = wide._trial(RULE, "verdicts", refused, plain)
+    assert 0 < sure.weighted < 0.2 * 30 / 80
+    assert sure.feasible
+
+
+def weighted(tuner: Tuner, refused: np.ndarray[Any, Any], plain: np.ndarray[Any, Any], errors: float) -> float:
+    return tuner._weighted(refused, plain, np.arange(len(plain)), errors)
+
+
+def test_prompts_that_are_seldom_refused_cannot_hide_what_they_lose(wide: Tuner) -> None:
+    plain, refused = np.zeros(50), np.zeros(50)
+    plain[:20] = 1.0  # the plain model refuses 40%, steered 14 of these and 20 of the others
+    refused[:14] = 1.0
+    refused[20:40] = 1.0
+    assert weighted(wide, refused, plain, 0) == pytest.approx(0.8 * 0.7 + 0.2 * 20 / 30 - 0.8)
     wide.settings = wide.settings.model_copy(update={"refusal_level": 0.0})
-    assert wide._worst(refused, plain, only) == pytest.approx(14 / 50)
+    assert weighted(wide, refused, plain, 0) == pytest.approx(14 / 50)
+
+
+def test_the_error_of_a_weighted_change_is_that_of_drawing_the_prompts_again(wide: Tuner) -> None:
+    generator = np.random.default_rng(0)
+    plain = (generator.random(400) < 0.6).astype(float)
+    refused = np.where(generator.random(400) < 0.15, 1 - plain, plain)
+    refused_rows, answered_rows = np.flatnonzero(plain == 1), np.flatnonzero(plain == 0)
+    drawn = []
+    for _ in range(2000):
+        rows = np.concatenate([generator.choice(part, len(part)) for part in (refused_rows, answered_rows)])
+        drawn.append(weighted(wide, refused[rows], plain[rows], 0))
+    error = weighted(wide, refused, plain, 1) - weighted(wide, refused, plain, 0)
+    assert error == pytest.approx(float(np.std(drawn)), rel=0.1)
+    few = weighted(wide, plain[:10], plain[:10], 1)
+    assert few > 0.05  # ten prompts that all stayed prove little
 
 
 def test_a_source_of_few_prompts_decides_nothing(tiny: Tiny, plain: list[Completion], tmp_path: Path) -> None:

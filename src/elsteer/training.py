@@ -103,7 +103,7 @@ def train_energies(
         if (folder / "training.json").exists():
             found[weight] = read_energies(folder)
             continue
-        shuffle = settings.shuffle_outcomes
+        shuffle = settings.seed if settings.shuffle_outcomes else None
         energies = _train(run, prompts, completions, settings, layers, weight, progress, shuffle=shuffle)
         if through is not None:
             energies = _refined(run, prompts, completions, settings, energies, weight, through)
@@ -156,9 +156,9 @@ def _train(
     weight: float,
     progress: Progress | None,
     *,
-    shuffle: bool,
+    shuffle: int | None,
 ) -> Energies:
-    """Energies of the neighbouring blocks `layers`."""
+    """Energies of the neighbouring blocks `layers`; shuffle: the seed that outcomes are shuffled by, None for the true ones."""
     scored = [
         (prompt, outcome)
         for prompt, one in zip(prompts, completions, strict=True)
@@ -173,8 +173,8 @@ def _train(
     first, counts = store.read(ids, layers=slice(0, 1))
     outcomes: list[str] = [outcome for _, outcome in scored]
     harmful = torch.tensor([prompt.harmful for prompt, _ in scored])
-    if shuffle:
-        outcomes = shuffled(outcomes, harmful.tolist(), settings.seed)
+    if shuffle is not None:
+        outcomes = shuffled(outcomes, harmful.tolist(), shuffle)
     real = torch.arange(first.shape[1])[None] < counts[:, None]
     rows, tokens = real.nonzero(as_tuple=True)
     groups = [scored[row][0].family or scored[row][0].id for row in rows.tolist()]
@@ -270,9 +270,12 @@ def read_energies(folder: Path) -> Energies:
     return energies
 
 
-def shuffled_control(run_dir: str | Path, landscape: Landscape, progress: Progress | None = None) -> Landscape:
+def shuffled_control(
+    run_dir: str | Path, landscape: Landscape, progress: Progress | None = None, *, draw: int = 0
+) -> Landscape:
     """The negative control: energy models trained on shuffled outcomes, steering by the same rule (without a gate).
 
+    draw: which of the ways to shuffle. Give several: one draw's direction can help or harm by chance.
     Reads the run folder that `landscape` was fitted in. Raises RunError where its files are not there.
     """
     run = RunFolder(run_dir)
@@ -294,7 +297,7 @@ def shuffled_control(run_dir: str | Path, landscape: Landscape, progress: Progre
     weight = float(chosen.get("benign_weight", settings.training.benign_weights[0]))
     steered = landscape.rule.layers
     layers = range(min(steered), max(steered) + 1)
-    energies = _train(run, prompts, completions, settings, layers, weight, progress, shuffle=True)
+    energies = _train(run, prompts, completions, settings, layers, weight, progress, shuffle=settings.seed + draw)
     rule = dataclasses.replace(landscape.rule, gates=None)
     about = {"settings": landscape.provenance.get("settings", {}), "control": "energies of shuffled outcomes"}
     return Landscape(rule, energies.tensors, energies.useful_guards(), landscape.fingerprint, about, method="shuffled")

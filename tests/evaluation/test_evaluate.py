@@ -51,7 +51,7 @@ def written(path: Path, prompts: Any = PROMPTS, **more: Any) -> Path:
     return path
 
 
-def evaluated(tiny: Tiny, methods: list[Any], suites: list[Path], folder: Path, **options: Any) -> Evaluation:
+def evaluated(tiny: Tiny, methods: Any, suites: list[Path], folder: Path, **options: Any) -> Evaluation:
     given: dict[str, Any] = {"judge": "letters", "quality_prompts": 6, "quality_tokens": 4, "max_new_tokens": 4}
     return evaluate(*tiny, methods, [str(one) for one in suites], run_dir=folder, **given | {"batch_size": 8} | options)
 
@@ -357,6 +357,17 @@ def test_a_landscape_of_the_first_layer_has_no_picture_and_is_evaluated(
     assert not list((tmp_path / "run").glob("landscape_at*.png"))
 
 
+def test_several_landscapes_of_one_method_go_by_names_of_their_own(
+    tiny: Tiny, landscape: Landscape, suite: Path, tmp_path: Path
+) -> None:
+    half = landscape.with_rule(eta=landscape.rule.eta / 2)
+    found = evaluated(tiny, {"whole": landscape, "half of it": half}, [suite], tmp_path / "run", quality=False)
+    assert list(found.tables) == ["whole", "half of it"]
+    alone = evaluated(tiny, [half], [suite], tmp_path / "alone", quality=False)
+    labels = [row["label"] for row in found.rows if row["method"] == "half of it"]
+    assert labels == [row["label"] for row in alone.rows if row["method"] == "els"]
+
+
 # What is wrong is said
 
 
@@ -366,10 +377,14 @@ def test_what_cannot_be_evaluated_is_said_before_anything_is_computed(
     twin = written(tmp_path / "other/mine.jsonl")
     another = tiny_landscape().with_rule(eta=1.0)
     another.fingerprint = type(another.fingerprint)(**{**another.fingerprint.to_dict(), "vocab_size": 7})
-    cases: list[tuple[list[Any], list[Path], type[Exception], str]] = [
+    cases: list[tuple[Any, list[Path], type[Exception], str]] = [
         (["none"], [suite], PromptError, "at least one landscape"),
         ([landscape, landscape], [suite], PromptError, "each method once"),
         ([landscape, "random"], [suite], PromptError, "'random' is no landscape"),
+        ({"els": landscape, "half": "els"}, [suite], PromptError, "'els' is no landscape"),
+        ({"els/half": landscape}, [suite], PromptError, "cannot be called 'els/half'"),
+        ({"none": landscape}, [suite], PromptError, "cannot be called 'none'"),
+        ({}, [suite], PromptError, "at least one landscape"),
         ([landscape], [], PromptError, "at least one suite"),
         ([landscape], [suite, twin], PromptError, "Two suites are called 'mine'"),
         ([landscape], [suite, tmp_path / "nowhere.jsonl"], PromptError, "nowhere"),

@@ -41,6 +41,7 @@ SETTINGS = FitSettings.model_validate(
             "finalists": 1,
             "tokens": 16,
             "safety_margin": -1,
+            "safety_weighted": -1,
             "worst_source": -1,
             "perplexity_ratio": 1e6,
             "kl": 1e6,

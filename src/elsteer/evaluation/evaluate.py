@@ -10,8 +10,9 @@ import dataclasses
 import json
 import logging
 import math
+import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -86,7 +87,7 @@ class Evaluation:
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    methods: Sequence[Method],
+    methods: Sequence[Method] | Mapping[str, Landscape],
     suites: Sequence[str],
     *,
     run_dir: str | Path,
@@ -106,19 +107,14 @@ def evaluate(
 ) -> Evaluation:
     """Answer the prompts of `suites` with the plain model and each landscape of `methods`, judge, compare and report.
 
+    methods: landscapes, each called by its method, or by names of their own choosing: {"els": ..., "els at 0.5": ...}.
     The plain model ("none") always takes part. limit: prompts of a suite at most, drawn by seed. quality: also answer at
     full length up to `quality_prompts` benign prompts that the plain model answers, and compare perplexity under the plain
     model. Verdicts stop an answer early, at `max_new_tokens` at most. Started again, it goes on where it was.
     Raises PromptError for an unknown suite, LandscapeError where a landscape does not fit the model.
     """
     run = RunFolder(run_dir)
-    landscapes = {one.method: one for one in methods if isinstance(one, Landscape)}
-    if not landscapes or len(landscapes) != sum(isinstance(one, Landscape) for one in methods):
-        raise PromptError("Give at least one landscape to evaluate, and each method once.")
-    if unknown := [one for one in methods if not isinstance(one, Landscape) and one != PLAIN]:
-        raise PromptError(
-            f"The method {unknown[0]!r} is no landscape: give one, such as landscape.with_method('random')."
-        )
+    landscapes = _named(methods)
     if not suites:
         raise PromptError("Give at least one suite to evaluate on, such as 'starter', or a file of prompts.")
     names = [Path(name).stem for name in suites]
@@ -134,9 +130,33 @@ def evaluate(
         prompts_of = [load_suite(name, data_dir=folder, limit=limit, seed=seed) for name in suites]
         for name, prompts in zip(names, prompts_of, strict=True):
             work.run_suite(name, told_apart(prompts), landscapes)
-        main = {first.method: first}
+        main = dict([next(iter(landscapes.items()))])
         measured = work.measure_quality(main, quality_prompts, quality_tokens) if quality else {}
         return work.report(landscapes, measured, command, split, judge, list(suites), frontier_png)
+
+
+def _named(methods: Sequence[Method] | Mapping[str, Landscape]) -> dict[str, Landscape]:
+    """The landscapes by name. Raises PromptError where there is none, a name twice, or one that cannot be a file's."""
+    by_name = isinstance(methods, Mapping)
+    given: list[Method] = (
+        list(methods.values()) if isinstance(methods, Mapping) else [one for one in methods if one != PLAIN]
+    )
+    if unknown := [one for one in given if not isinstance(one, Landscape)]:
+        raise PromptError(
+            f"The method {unknown[0]!r} is no landscape: give one, such as landscape.with_method('random')."
+        )
+    landscapes = [one for one in given if isinstance(one, Landscape)]
+    names = list(methods) if isinstance(methods, Mapping) else [one.method for one in landscapes]
+    if not landscapes or len(set(names)) < len(names):
+        raise PromptError(
+            "Give at least one landscape to evaluate, and each method once; of one method several by names of your own: "
+            "{'els': ..., 'els, half': ...}."
+        )
+    if unfit := [name for name in names if by_name and (name == PLAIN or not re.fullmatch(r"\w[\w ,+-]*", name))]:
+        raise PromptError(
+            f"A method cannot be called {unfit[0]!r}: use letters, digits, spaces and , + - _ in its name."
+        )
+    return dict(zip(names, landscapes, strict=True))
 
 
 @dataclass
