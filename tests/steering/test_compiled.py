@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 from transformers import CompileConfig, PreTrainedModel
 
 from elsteer.models import decoder_blocks
@@ -165,3 +166,28 @@ def test_generate_that_compiles_by_itself() -> None:
     with Steering(model, moves, window=1):
         assert made() == steered != plain
     assert made() == plain
+
+
+def test_decoding_compiles_once_and_without_a_graph_break() -> None:
+    """Two passes of a static cache have their shapes: the prompt's and one token's. No token after that compiles again."""
+    model, moves = small(), energy_moves((0,))
+    config = CompileConfig(backend="eager", fullgraph=False, mode=None)
+    config._compile_all_devices = True
+
+    def made(new: int) -> tuple[list[list[int]], int]:
+        out = model.generate(
+            **pad(PROMPTS), max_new_tokens=new, do_sample=False, eos_token_id=None,
+            cache_implementation="static", compile_config=config,
+        )  # fmt: skip
+        return out[:, len(PROMPT) :].tolist(), counters["stats"]["unique_graphs"]
+
+    counters.clear()
+    with Steering(model, moves, window=3) as steering:
+        first, graphs = made(8)
+        again, after = made(8)
+        steering.strength = 1.0
+        assert made(8) == (first, graphs)
+    assert first == again == [slow_generate(small(), moves, prompt, 8, 3, ends=()) for prompt in PROMPTS]
+    assert 0 < graphs == after
+    assert graphs <= 2
+    assert not counters["graph_break"], dict(counters["graph_break"])
