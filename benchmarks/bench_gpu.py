@@ -93,7 +93,9 @@ def main() -> None:
                 if launched:
                     note += f"; kernels of a step: plain {launched[0]}, steered {launched[1]}"
                 figures.append(Figure.of(name, found, COMMAND, 0, NAME, where, note=note))
-                table.append([name, f"{each['plain']:.3f}", f"{each['steered']:.3f}", f"{found.value:.4f}", *(launched or "--")])
+                table.append(
+                    [name, f"{each['plain']:.3f}", f"{each['steered']:.3f}", f"{found.value:.4f}", *(launched or "--")]
+                )
                 show(["figure", "plain ms", "steered ms", "ratio", "kernels", "steered"], table[-1:])
     if options.tiny:
         sys.stdout.write("A small shape: nothing is written.\n")

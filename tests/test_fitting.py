@@ -240,6 +240,7 @@ def test_energies_trained_through_the_model_steer_together(tiny: Tiny, tmp_path:
     found = Landscape.from_pretrained(tmp_path / "landscape")
     assert found.rule.layers == (1, 2)
     assert all(float(found.tensors[layer]["length"]) > 0 for layer in found.rule.layers)
+    assert all(len(found.tensors[layer]["context_mean"]) == 1 for layer in found.rule.layers)  # of block 0, for 1 and 2
     assert {tuple(row["trial"]["rule"]["layers"]) for row in rows_of(tmp_path / "frontier.jsonl")} == {(1, 2)}
     with found.attach(tiny[0], 1.0):
         assert not torch.equal(logits(tiny), plain)
@@ -248,6 +249,20 @@ def test_energies_trained_through_the_model_steer_together(tiny: Tiny, tmp_path:
     with forward_passes(tiny[0]) as passes, contextlib.suppress(NothingHelps):
         fitted(tiny, tmp_path, settings=THROUGH)
     assert passes == []
+
+
+def test_energies_that_read_no_context(tiny: Tiny, tmp_path: Path) -> None:
+    settings = tiny_settings(tuning=HELPS, training={**THROUGH.training.model_dump(), "context_blocks": 0})
+    with contextlib.suppress(NothingHelps):
+        fitted(tiny, tmp_path, settings=settings)
+    found = Landscape.from_pretrained(tmp_path / "landscape")
+    assert not any(name.startswith("context") for tensors in found.tensors.values() for name in tensors)
+
+
+def test_a_gate_on_energies_that_read_the_context_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    settings = tiny_settings(tuning={**HELPS, "gates": [0.25]}, training=THROUGH.training.model_dump())
+    with pytest.raises(RunError, match="--training-context-blocks 0"):
+        fitted(tiny, tmp_path, settings=settings)
 
 
 def test_killed_while_training_through_the_model_it_comes_to_the_same_end(tiny: Tiny, tmp_path: Path) -> None:

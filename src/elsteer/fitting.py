@@ -8,17 +8,21 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 import yaml
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import elsteer
 from elsteer.completions import Completion, PromptCaches, complete
+from elsteer.decoding import PromptBatch
+from elsteer.energy.context import contexts_of
 from elsteer.energy.refine import SteeredProducts, refine
-from elsteer.errors import NothingHelps, PromptError
+from elsteer.errors import NothingHelps, PromptError, RunError, SteeringError
 from elsteer.evaluation.plots import frontier_picture
 from elsteer.files import write_atomic, write_jsonl
 from elsteer.glimpse import FirstTokenJudge
@@ -94,24 +98,48 @@ def fit(
         completions = _glimpse(run, train_caches, completions, plain, settings, base_key, progress)
         depth = num_layers(model)
 
-        def through(products: SteeredProducts, weight: float) -> list[float]:
-            return refine(
-                model,
-                train_caches.in_memory([full, rest] if rest else [full], settings.seed),
-                torch.tensor([one.harmful for one in train_set]),
-                [judged.get(one.id) for one in train_set],
-                products,
-                settings.training,
-                benign_weight=weight,
-                seed=settings.seed,
-                progress=_told(progress, "training the energies through the model"),
-            )
-
+        through = _Through(train_caches, [full, rest] if rest else [full], judged, settings, progress)
         energies, train_key = train_energies(run, train_set, completions, settings, base_key, depth, progress, through)
         train_caches.forget()
         bases = {weight: one.landscape(print_of) for weight, one in energies.items()}
         trial, tuner = _tune(run, bases, dev_caches, plain, neutral_caches, settings, train_key, energies, progress)
         return _finish(run, tuner, trial, energies, settings, command)
+
+
+@dataclass
+class _Through:
+    """Training through the model on the prefilled training prompts (`elsteer.training.Through`)."""
+
+    caches: PromptCaches
+    groups: list[list[int]]  # places, batched as they were answered
+    judged: dict[str, str]  # by prompt id, the verdict on the whole answer
+    settings: FitSettings
+    progress: Progress | None
+
+    def contexts(self, layers: range, blocks: int) -> tuple[Tensor, Tensor]:
+        try:
+            return contexts_of(self._batches(), layers, blocks, len(self.caches.prompts))
+        except SteeringError as error:
+            raise RunError(
+                "This model keeps no key-value cache that the context of a state could be read from: fit with "
+                "--training-context-blocks 0."
+            ) from error
+
+    def train(self, products: SteeredProducts, weight: float) -> list[float]:
+        return refine(
+            self.caches.model,
+            self._batches(),
+            torch.tensor([one.harmful for one in self.caches.prompts]),
+            [self.judged.get(one.id) for one in self.caches.prompts],
+            products,
+            self.settings.training,
+            benign_weight=weight,
+            seed=self.settings.seed,
+            progress=_told(self.progress, "training the energies through the model"),
+        )
+
+    def _batches(self) -> list[PromptBatch]:
+        return self.caches.in_memory(self.groups, self.settings.seed)
 
 
 def _divide(

@@ -139,9 +139,12 @@ class Landscape:
         """The steps down the energy of `layer`, whatever the method."""
         return els(layer, self._tensors(layer), self.guards.get(layer), self.rule)
 
-    def energy(self, layer: int, states: Tensor) -> Tensor:
-        """Energies (n,) of states (n, d) of `layer`, in float32 on their device."""
-        return self.descent(layer).to(states.device).energy(states)
+    def energy(self, layer: int, states: Tensor, context: Tensor | None = None) -> Tensor:
+        """Energies (n,) of states (n, d) of `layer`, in float32 on their device.
+
+        context: (n, k, e) of `elsteer.energy.context`, for energies that read one; the average one by default.
+        """
+        return self.descent(layer).to(states.device).energy(states, context)
 
     def _tensors(self, layer: int) -> dict[str, Tensor]:
         if layer not in self.tensors:

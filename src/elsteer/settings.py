@@ -49,6 +49,11 @@ class TrainingSettings(_Settings):
     refine_units: int = Field(
         64, ge=0, description="Hidden units that training through the model gives to whether refusing is due."
     )
+    context_blocks: int = Field(
+        4,
+        ge=0,
+        description="Blocks whose values of the prompt's tokens tell it too whether refusing is due; 0: the last token alone.",
+    )
     refine_memory: int = Field(
         6 << 30, gt=0, description="Bytes of prompt caches for it; of more prompts than fit, a sample is trained on."
     )

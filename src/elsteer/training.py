@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Protocol
 
 import torch
 import yaml
@@ -37,6 +38,18 @@ from elsteer.states import StateStore
 __all__ = ["Energies", "shuffled_control", "train_energies"]
 
 Progress = Callable[[str, int, int], None]
+
+
+class Through(Protocol):
+    """What trains product energies through the model."""
+
+    def contexts(self, layers: range, blocks: int) -> tuple[Tensor, Tensor]:
+        """Contexts of the training prompts by place, and which are known (`elsteer.energy.context.contexts_of`)."""
+        ...
+
+    def train(self, products: SteeredProducts, weight: float) -> object:
+        """Train `products` in place, for this weight of the benign half (`elsteer.energy.refine`)."""
+        ...
 
 
 @dataclass
@@ -77,11 +90,11 @@ def train_energies(
     base_key: str,
     depth: int,
     progress: Progress | None = None,
-    through: Callable[[SteeredProducts, float], object] | None = None,
+    through: Through | None = None,
 ) -> tuple[dict[float, Energies], str]:
     """Energies by weight of the benign half, and the key of the stage. What the run folder holds already is read.
 
-    through: trains product energies through the model, given these and the weight (`elsteer.energy.refine`).
+    through: trains product energies through the model.
     """
     labels = [(one.prompt_id, one.label) for one in completions]
     training, weights = settings.training, settings.training.benign_weights
@@ -125,7 +138,7 @@ def _refined(
     settings: FitSettings,
     energies: Energies,
     weight: float,
-    through: Callable[[SteeredProducts, float], object],
+    through: Through,
 ) -> Energies:
     """`energies`, all of neighbouring blocks, trained through the model."""
     band = sorted(energies.tensors)
@@ -138,9 +151,14 @@ def _refined(
     refused = torch.tensor([one.label == "refusal" for one in completions])
     with TemporaryDirectory(dir=run.path) as folder:
         states = store.read(ids, tokens=1, layers=blocks, mapped=Path(folder) / "states")[0][:, 0]
+        places = None
+        if looked := min(settings.training.context_blocks, band[0]):
+            contexts, known = through.contexts(range(band[0], band[-1] + 1), looked)
+            products.see(contexts, known)
+            places = known.nonzero()[:, 0]
         if units := settings.training.refine_units:
-            products.add_units(states, harmful, units, benign_weight=weight, seed=settings.seed)
-        through(products, weight)
+            products.add_units(states, harmful, units, places=places, benign_weight=weight, seed=settings.seed)
+        through.train(products, weight)
         products.cpu()
         tensors = products.tensors(states, harmful, refused, scored)
     guards = {layer: _guard(harm[layer], tensors[layer]) for layer in band}

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from elsteer.completions import Completion, PromptCaches, complete, end_ids
 from elsteer.decoding import decode
+from elsteer.errors import RunError
 from elsteer.evaluation.quality import Answer, answer_at_length, kl_to_plain, quality
 from elsteer.files import append_jsonl, read_jsonl
 from elsteer.judges import Judge
@@ -222,6 +223,11 @@ class Tuner:
         base, share = self.bases[rule["benign_weight"]], rule["gate"]
         gates = None
         if share is not None:
+            if any("context_weight" in base.tensors[layer] for layer in rule["layers"]):
+                raise RunError(
+                    "A gate compares energies, and these depend on each prompt's context: fit with --training-context-blocks 0, "
+                    "or without gates."
+                )
             gates = {
                 layer: float(base.energy(layer, self.desirable[:, layer]).quantile(share)) for layer in rule["layers"]
             }

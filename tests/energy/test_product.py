@@ -162,11 +162,23 @@ def test_tensors_of_a_file_are_checked() -> None:
     tensors = drawn(8, 0)
     check_tensors(3, tensors, 8)
     check_tensors(3, drawn(8, 0, units=4), 8)
+    context = {
+        "context_weight": torch.zeros(2, 3, 5),
+        "context_mean": torch.zeros(3, 5),
+        "context_scale": torch.tensor(1.0),
+    }
+    check_tensors(3, tensors | context, 8)
     for damage in (
         {"weight": torch.zeros(3, 8)},
         {"bias": torch.zeros(3)},
         {"extra": torch.zeros(1)},
         {"bend": torch.zeros(1)},
+        {"context_weight": torch.zeros(2, 3, 5)},
+        context | {"context_weight": torch.zeros(2, 3, 4)},
+        context | {"context_scale": torch.tensor(0.0)},
+        context | {"context_mean": torch.zeros(15)},
+        context
+        | {"context_weight": torch.zeros(2, 4, 5), "context_mean": torch.zeros(4, 5)},  # layer 3 has 3 before it
     ):
         with pytest.raises(LandscapeError, match="layer 3"):
             check_tensors(3, tensors | damage, 8)

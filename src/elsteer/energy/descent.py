@@ -38,12 +38,15 @@ class Descent(nn.Module):
     eta: length of one step in units of the layer's root-mean-square state norm, scale * sqrt(d), times the tensor "length"
     where there is one (energies trained through the model have it, `elsteer.energy.refine`); steps: K.
     gate: tau, rows at or below it stay; None moves every row.
+    context_blocks: k, of how many blocks before this one the context is read (`elsteer.energy.context`); 0: of none.
     """
 
     down: Tensor
     shift: Tensor
     up: Tensor
     gram: Tensor
+    look: Tensor
+    context_mean: Tensor
 
     def __init__(
         self,
@@ -68,7 +71,13 @@ class Descent(nn.Module):
         self.register_buffer("shift", shift.float())
         self.register_buffer("up", guarded[self._rows].float())
         self.register_buffer("gram", (guarded[self._rows] @ guarded.T).float())
-        rest = {"weight", "bias", "mean", "scale", "length"}
+        self.context_blocks = 0
+        if "context_weight" in tensors:
+            look = tensors["context_weight"].double() / tensors["context_scale"].double()
+            self.context_blocks = look.shape[1]
+            self.register_buffer("look", look.flatten(1).float())
+            self.register_buffer("context_mean", tensors["context_mean"].float().clone())
+        rest = {"weight", "bias", "mean", "scale", "length", "context_weight", "context_mean", "context_scale"}
         self._names = [name for name in tensors if name not in rest]
         for name in self._names:
             self.register_buffer(_flat(name), tensors[name].float().clone())
@@ -79,24 +88,35 @@ class Descent(nn.Module):
     def _head(self) -> dict[str, Tensor]:
         return {name: getattr(self, _flat(name)) for name in self._names}
 
-    def energy(self, states: Tensor) -> Tensor:
-        """Energies (n,) of states (n, d)."""
-        return energy_of(self._head(), torch.addmm(self.shift, states.float(), self.down.T))
+    def energy(self, states: Tensor, context: Tensor | None = None) -> Tensor:
+        """Energies (n,) of states (n, d) in their context (n, k, e), the average one by default."""
+        return energy_of(self._head(), self._z(states, context))
 
-    def delta(self, states: Tensor, strength: Tensor | float = 1.0) -> Tensor:
-        """What to add to states (n, d), float32; strength: one number or (n,), multiplies eta."""
-        return -(self._total(states, strength) @ self.up)
+    def delta(self, states: Tensor, strength: Tensor | float = 1.0, context: Tensor | None = None) -> Tensor:
+        """What to add to states (n, d), float32; strength: one number or (n,), multiplies eta.
 
-    def path(self, states: Tensor, strength: Tensor | float = 1.0) -> Tensor:
+        context: (n, k, e), the average one by default; where `context_blocks` is 0 there is none.
+        """
+        return -(self._total(states, strength, context) @ self.up)
+
+    def path(self, states: Tensor, strength: Tensor | float = 1.0, context: Tensor | None = None) -> Tensor:
         """The states on the way, (steps + 1, n, d): for pictures and tests; `delta` does it in one product."""
         stops = [states.float()]
         for steps in range(1, self.steps + 1):
-            stops.append(states.float() - self._total(states, strength, steps) @ self.up)
+            stops.append(states.float() - self._total(states, strength, context, steps) @ self.up)
         return torch.stack(stops)
 
-    def _total(self, states: Tensor, strength: Tensor | float, steps: int | None = None) -> Tensor:
-        head = self._head()
+    def _z(self, states: Tensor, context: Tensor | None) -> Tensor:
         z = torch.addmm(self.shift, states.float(), self.down.T)
+        if context is not None and self.context_blocks:
+            z = z + (context.float() - self.context_mean).flatten(1) @ self.look.T
+        return z
+
+    def _total(
+        self, states: Tensor, strength: Tensor | float, context: Tensor | None, steps: int | None = None
+    ) -> Tensor:
+        head = self._head()
+        z = self._z(states, context)
         length: Tensor | float = self.eta * self.unit * strength
         if isinstance(length, Tensor):
             length = length.to(z)[:, None]

@@ -3,7 +3,8 @@
     E(h) = -tanh(u) v,    u = a.x + b,    v = c.x + e,    x = (h - mean) / scale
 
 u is the log-odds that the prompt is harmful, by logistic regression on the states: is refusing due? Energies that are
-trained through the model (`elsteer.energy.refine`) add m hidden units to it, u = a.x + b + r.silu(W x + s). v says whether the
+trained through the model (`elsteer.energy.refine`) add m hidden units to it, u = a.x + b + r.silu(W x + s), and may read the
+context y of the state beside x (`elsteer.energy.context`). v says whether the
 model is about to refuse: a coordinate along the mean difference of refused and answered prompts of one kind, -1/2 at the mean
 of the answered and 1/2 at that of the refused ones, both averaged over benign and harmful prompts. A helpful answer (u < 0,
 v < 0) and a safe refusal (u > 0, v > 0) have low energy, a false refusal and a jailbreak high energy.
@@ -13,7 +14,8 @@ energies, whatever the seed. With a guard the steering holds u, so that the step
 harmful prompts, and is shorter where u is in doubt; see `elsteer.energy.descent`.
 
 Shapes: L layers, N states, d = hidden size. The tensors of one layer: weight (2 + m, d) with rows a, c and those of W, bias
-(2 + m,) with b, e and s, bend (m,) with r (absent where m = 0), mean (d,), scale (). That there is no `read_out` tells them
+(2 + m,) with b, e and s, bend (m,) with r (absent where m = 0), mean (d,), scale (); with a context of k blocks and e numbers of
+each also context_weight (2 + m, k, e), context_mean (k, e), context_scale (). That there is no `read_out` tells them
 from those of `EnergyModels`.
 """
 

@@ -14,8 +14,9 @@ The gradient reaches, through the blocks after them, u (is refusing due: its dir
 direction c (does the model refuse) and the length of the step, of every steered block. No weight of the model is touched.
 
 Whether refusing is due is what a state tells worst: prompts that differ by a word differ little. So u gets `refine_units` hidden
-units first, u = a.x + b + r.silu(W x + s), trained on the stored states alone to tell harmful from benign prompts
-(`SteeredProducts.add_units`), by the same weighted logistic loss that gave a and b.
+units first, u = a.x + b + r.silu(W x + s), and sees the context of the state (`elsteer.energy.context`): x is then followed by y.
+Both are trained on stored states and contexts alone to tell harmful from benign prompts (`SteeredProducts.see`, `add_units`), by
+the same weighted logistic loss that gave a and b.
 
 This is distillation of a conditioned distribution into an intervention on hidden states, as in representation finetuning
 (ReFT, Wu et al. 2024, arXiv 2404.03592), with the intervention held to a guarded step down an energy: `elsteer.energy.descent`.
@@ -60,11 +61,13 @@ class SteeredProducts(nn.Module):
     mean: Tensor
     scale: Tensor
     harm: Tensor
+    contexts: Tensor
 
     def __init__(
         self, tensors: Mapping[int, dict[str, Tensor]], harm: Mapping[int, Tensor], length: float = 0.8
     ) -> None:
         super().__init__()
+        self._context: tuple[Tensor, Tensor] | None = None  # mean (L, k, e) and scale (L,)
         self.layers = sorted(tensors)
         names = ("weight", "bias", "mean", "scale")
         weight, bias, mean, scale = (torch.stack([tensors[at][name].float() for at in self.layers]) for name in names)
@@ -81,9 +84,21 @@ class SteeredProducts(nn.Module):
         self.log_length = nn.Parameter(torch.full((len(self.layers),), math.log(length)))
         self.unit = AS_TRAINED * math.sqrt(mean.shape[1])
 
+    @torch.no_grad()
+    def see(self, contexts: Tensor, known: Tensor) -> None:
+        """Let u read contexts (n, L, k, e), of the prompts by place, too; known: (n,) bool, of which they are there."""
+        flat, size = contexts.flatten(2), contexts[0, 0].numel()
+        mean = flat[known].mean(dim=0)
+        scale = (flat[known] - mean).square().mean(dim=(0, 2)).sqrt().clamp_min(1e-12)
+        self._context = mean.view(contexts.shape[1:]), scale
+        self.contexts = (flat - mean) / scale[:, None]
+        self.due = nn.Parameter(torch.cat([self.due, self.due.new_zeros(len(self.layers), size)], dim=1))
+        self.units = nn.Parameter(torch.cat([self.units, self.units.new_zeros(*self.units.shape[:2], size)], dim=2))
+
     def directions(self) -> Tensor:
         """(L, d) unit vectors along P c: what a step goes along."""
-        guard = torch.linalg.qr(torch.stack([self.harm, self.due], dim=2)).Q  # (L, d, 2)
+        due = self.due[:, : self.mean.shape[1]]
+        guard = torch.linalg.qr(torch.stack([self.harm, due], dim=2)).Q  # (L, d, 2)
         inside = torch.einsum("ld,ldk->lk", self.turn, guard)
         return nn.functional.normalize(self.turn - torch.einsum("lk,ldk->ld", inside, guard), dim=1)
 
@@ -93,6 +108,7 @@ class SteeredProducts(nn.Module):
         harmful: Tensor,
         units: int,
         *,
+        places: Tensor | None = None,
         benign_weight: float = 1.0,
         seed: int = 0,
         epochs: int = 20,
@@ -100,7 +116,7 @@ class SteeredProducts(nn.Module):
     ) -> None:
         """Give u `units` hidden units and train it, linear part included, on states (n, L, d) and harmful (n,) bool.
 
-        Logistic loss, AdamW, one-cycle rate; benign_weight as in `refine`.
+        places: (m,) of those that count (all by default). Logistic loss, AdamW, one-cycle rate; benign_weight as in `refine`.
         """
         count, size = self.due.shape
         generator = torch.Generator().manual_seed(seed)
@@ -112,16 +128,18 @@ class SteeredProducts(nn.Module):
         optimiser = torch.optim.AdamW(
             [{"params": matrices, "weight_decay": 0.1}, {"params": offsets, "weight_decay": 0.0}], lr=_UNITS_RATE
         )
-        starts = range(0, len(states), _UNITS_BATCH)
+        places = torch.arange(len(states)) if places is None else places
+        starts = range(0, len(places), _UNITS_BATCH)
         total = max(2, epochs * len(starts))
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, _UNITS_RATE, total_steps=total, pct_start=0.1)
-        weights = _kind_weights(harmful, benign_weight)
+        weights = _kind_weights(harmful, benign_weight, places)
         for epoch in range(epochs):
-            order = torch.randperm(len(states), generator=generator)
+            order = places[torch.randperm(len(places), generator=generator)]
             for start in starts:
                 rows = order[start : start + _UNITS_BATCH]
                 with torch.enable_grad():
-                    u = self._due((states[rows].to(device).float() - self.mean) / self.scale[:, None])
+                    x = (states[rows].to(device).float() - self.mean) / self.scale[:, None]
+                    u = self._due(x if self._context is None else torch.cat([x, self.contexts[rows].to(device)], dim=2))
                     wanted = harmful[rows].to(u)[:, None].expand_as(u)
                     each = nn.functional.binary_cross_entropy_with_logits(u, wanted, reduction="none")
                     loss = (weights[rows].to(u)[:, None] * each).mean(dim=0).sum()
@@ -139,8 +157,11 @@ class SteeredProducts(nn.Module):
         bent = torch.einsum("lnm,lm->nl", nn.functional.silu(inside), self.bend)
         return torch.einsum("nld,ld->nl", x, self.due) + self.offset + bent
 
-    def moves(self) -> dict[int, Callable[[Tensor], Tensor]]:
-        """By layer, states (B, d) to what is added to them, differentiable; on the states' device."""
+    def moves(self, places: Tensor | None = None) -> dict[int, Callable[[Tensor], Tensor]]:
+        """By layer, states (B, d) to what is added to them, differentiable; on the states' device.
+
+        places: (B,) of the states' prompts, where u reads their contexts.
+        """
         steps = (self.log_length.exp() * self.scale * self.unit)[:, None] * self.directions()
 
         def one(at: int) -> Callable[[Tensor], Tensor]:
@@ -151,6 +172,8 @@ class SteeredProducts(nn.Module):
                 mean, scale, due, offset, step = (part.to(states.device) for part in parts)
                 units, thresholds, bend = (part.to(states.device) for part in more)
                 x = (states.float() - mean) / scale
+                if self._context is not None:
+                    x = torch.cat([x, self.contexts[places, at].to(x)], dim=1)
                 u = x @ due + offset + nn.functional.silu(x @ units.T + thresholds) @ bend
                 return (torch.tanh(u)[:, None] * step).to(states.dtype)
 
@@ -170,8 +193,11 @@ class SteeredProducts(nn.Module):
         for at, layer in enumerate(self.layers):
             x = (states[:, at].double() - self.mean[at].double()) / self.scale[at].double()
             c, e = verdict_row(verdict_means(x, harmful, refused, rows), along[at].double())
+            weight = torch.cat([self.due[at][None], torch.zeros_like(self.due[at])[None], self.units[at]])
+            weight, more = weight[:, : x.shape[1]].clone(), weight[:, x.shape[1] :]
+            weight[1] = c.float()
             found[layer] = {
-                "weight": torch.cat([self.due[at][None], c.float()[None], self.units[at]]),
+                "weight": weight,
                 "bias": torch.cat([self.offset[at][None], e.float()[None], self.thresholds[at]]),
                 "mean": self.mean[at].clone(),
                 "scale": self.scale[at].clone(),
@@ -179,6 +205,13 @@ class SteeredProducts(nn.Module):
             }
             if self.bend.shape[1]:
                 found[layer]["bend"] = self.bend[at].clone()
+            if self._context is not None:
+                seen, scale = (part[at].clone() for part in self._context)
+                found[layer] |= {
+                    "context_weight": more.reshape(len(more), *seen.shape).clone(),
+                    "context_mean": seen,
+                    "context_scale": scale,
+                }
         return found
 
 
@@ -251,7 +284,7 @@ def refine(
                 if number not in plain:
                     with torch.no_grad():
                         plain[number] = _Plain.of(first_logits(model, batch), refusing)
-                with torch.enable_grad(), _moving(model, products.moves()):
+                with torch.enable_grad(), _moving(model, products.moves(places)):
                     after = plain[number].seen_by(first_logits(model, batch))
                     each = _losses(
                         plain[number], after, harmful[places].to(after.device), refusing, settings.refine_stay

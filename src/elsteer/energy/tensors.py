@@ -27,10 +27,18 @@ def check_tensors(layer: int, tensors: dict[str, Tensor], hidden_size: int) -> N
     }
     if "norm_weight" in tensors or "norm_bias" in tensors:
         wanted |= {"norm_weight": (width,), "norm_bias": (width,)}
-    product = "read_out" not in tensors and tensors.keys() <= wanted.keys() | {"length", "bend"}
+    context = {"context_weight", "context_mean", "context_scale"}
+    product = "read_out" not in tensors and tensors.keys() <= wanted.keys() | context | {"length", "bend"}
     product = product and (width > 2 if "bend" in tensors else width == 2)
     if product and "length" in tensors:
         wanted["length"] = ()
+    if product and context & tensors.keys():
+        blocks = tuple(tensors["context_mean"].shape) if "context_mean" in tensors else ()
+        wanted |= {"context_weight": (width, *blocks), "context_mean": blocks, "context_scale": ()}
+        if len(blocks) != 2 or not 0 < blocks[0] <= layer:
+            raise LandscapeError(
+                f"The energy model of layer {layer} reads a context of {blocks}, not of 1 to {layer} blocks."
+            )
     if product and "bend" in tensors:
         wanted["bend"] = (width - 2,)
     at = 0
@@ -46,7 +54,7 @@ def check_tensors(layer: int, tensors: dict[str, Tensor], hidden_size: int) -> N
             expected = wanted.get(name, "no such tensor")
             raise LandscapeError(f"The energy model of layer {layer} does not fit: {name} is {shape}, not {expected}.")
         _check_finite(f"{name} of layer {layer}", tensors[name])
-    for name in ("scale", "length"):
+    for name in ("scale", "length", "context_scale"):
         if name in tensors and not float(tensors[name]) > 0:
             raise LandscapeError(f"The energy model of layer {layer} has a {name} that is not above 0.")
 

@@ -402,7 +402,7 @@ class _Work:
         descent = landscape.descent(layer).cpu()
         wrong = [i for i in kept if outcomes[i] == "false_refusal"][:15]
         paths = descent.path(states[wrong]).transpose(0, 1) if wrong and landscape.rule.eta > 0 else None
-        title = f"Energy of layer {layer}"
+        title = f"Energy of layer {layer}" + (", in the average context" if descent.context_blocks else "")
         try:
             picture = landscape_picture(
                 states[kept], [str(outcomes[i]) for i in kept], descent.energy, paths, title=title

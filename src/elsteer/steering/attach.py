@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from elsteer.decoding import STEERED
+from elsteer.energy.context import prompt_context
 from elsteer.errors import SteeringError
 from elsteer.models import cache_given, cache_made, decoder_blocks, decoder_of
 from elsteer.steering.inputs import inferred_mask, left_padded, positions, refuse_options
@@ -36,7 +37,11 @@ _PAGED = ("generate_batch", "init_continuous_batching", "continuous_batching_con
 
 
 class Move(Protocol):
-    """What moves the states of one layer: states (n, d) and strength (a number or (n,)) to what is added, (n, d) float32."""
+    """What moves the states of one layer: states (n, d) and strength (a number or (n,)) to what is added, (n, d) float32.
+
+    One with an attribute `context_blocks` above 0 is given the states' contexts (n, k, e) as a third argument
+    (`elsteer.energy.context`), which needs the key-value cache.
+    """
 
     def delta(self, states: Tensor, strength: Tensor | float = 1.0) -> Tensor: ...
 
@@ -76,6 +81,11 @@ class Steering:
         self._starts: Tensor | None = None  # (B,) position of each row's prompt end
         self._end: int | None = None  # the column of the prompt's end, known inside `generate`
         self._end_tensor: Tensor | None = None  # the same for compiled code, which would be made anew for each number
+        self._real: Tensor | None = (
+            None  # (rows of the inputs, prompt columns but the last) where `generate` knows them
+        )
+        self._columns: Tensor | None = None  # (B, C) cache columns of the prompts' tokens before their last one
+        self._reads = any(_context_blocks(move) for move in self._moves.values())
         self._given: tuple[Tensor, Tensor | None] | None = None  # lengths and rows told by `prompts`
         self._cache: weakref.ref[Any] | None = None
         self._active: tuple[Tensor, Tensor, Tensor | float] | None = None  # batch index, query index, strength
@@ -166,7 +176,7 @@ class Steering:
         self._handles.append(self._owner.register_forward_pre_hook(self._before, with_kwargs=True))
         self._handles.append(self._owner.register_forward_hook(self._after))
         for at, move in self._moves.items():
-            self._handles.append(self._blocks[at].register_forward_pre_hook(self._layer(move), with_kwargs=True))
+            self._handles.append(self._blocks[at].register_forward_pre_hook(self._layer(at, move), with_kwargs=True))
         if hasattr(self.model, "generate"):
             self._replace("generate", self._generate(self.model.generate))
         for name in _PAGED:
@@ -192,7 +202,8 @@ class Steering:
                 mask = inferred_mask(self.model, ids, kwargs)
             if isinstance(mask, Tensor) and mask.dim() == 2:
                 kwargs, mask = left_padded(kwargs, mask)
-            outer = self._end, self._end_tensor
+            outer = self._end, self._end_tensor, self._real
+            self._real = mask[:, :-1].bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
             if ids is None:
                 self._end = 0  # generation from the begin token alone
             else:
@@ -202,8 +213,8 @@ class Steering:
             try:
                 made = plain(**kwargs)
             finally:
-                self._end, self._end_tensor = outer
-                self._active = self._where = self._starts = None
+                self._end, self._end_tensor, self._real = outer
+                self._active = self._where = self._starts = self._columns = None
             if not self._ran:
                 raise SteeringError(_BYPASSED)
             return made
@@ -211,7 +222,7 @@ class Steering:
         return generate
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._active = self._where = None
+        self._active = self._where = self._columns = None
         self._fired, self._ran = 0, True
         if self._off or not self.enabled:
             return
@@ -238,14 +249,26 @@ class Steering:
             if first > last:
                 return  # a chunk before the prompt's end, or past the window
             batch, query = torch.cartesian_prod(torch.arange(rows), torch.arange(first, last + 1)).T.to(inputs.device)
+            if self._reads:
+                self._columns = self._prompt_columns(rows, seen + width, inputs.device)
         else:
             position, real = positions(kwargs, rows, width, seen, inputs.device)
             start = self._start(position, real, cache, seen)[:, None]
             active = real & (position >= start) & (position <= start + self.window)
             batch, query = active.nonzero(as_tuple=True)
+            if self._reads:
+                self._columns = _columns_before(mask, start, rows, seen + width, inputs.device)
         if len(batch):
             strength = self._per_row(rows)
             self._active = (batch, query, strength[batch.cpu()] if isinstance(strength, Tensor) else strength)
+
+    def _prompt_columns(self, rows: int, count: int, device: torch.device) -> Tensor:
+        """(rows, count) bool, inside `generate`: the columns before the prompt's end that are no pads."""
+        assert self._end is not None
+        found = torch.ones(rows, self._end, dtype=torch.bool, device=device)
+        if self._real is not None:  # beams and returned sequences follow their row
+            found = self._real.to(device).repeat_interleave(max(1, rows // len(self._real)), dim=0)
+        return nn.functional.pad(found, (0, count - self._end))
 
     def _start(self, position: Tensor, real: Tensor, cache: Any, seen: int) -> Tensor:
         """(B,) position of each row's prompt end."""
@@ -288,6 +311,9 @@ class Steering:
             column = (torch.arange(width, device=inputs.device) + seen).expand(rows, width)
             end = self._end_tensor.to(inputs.device)
             active = (column >= end) & (column <= end + self.window)
+            if self._reads:
+                assert self._end is not None
+                self._columns = self._prompt_columns(rows, self._end, inputs.device)
         else:
             position, real = positions(kwargs, rows, width, None, inputs.device)
             if self._given is not None:
@@ -296,12 +322,16 @@ class Steering:
                 self._starts = position.masked_fill(~real, -1).amax(dim=1)
             start = self._starts[:, None]
             active = real & (position >= start) & (position <= start + self.window)
+            if self._reads:
+                mask = kwargs.get("attention_mask")
+                seen = 0 if cache is None else int(cache.get_seq_length())
+                self._columns = _columns_before(mask, start, rows, seen + width, inputs.device)
         count = min(self.window + 1, width)
         first = active.to(torch.uint8).argmax(dim=1, keepdim=True).clamp_max(width - count)
         index = first + torch.arange(count, device=inputs.device)
         self._where = (index, active.gather(1, index), self._per_row(rows))
 
-    def _layer(self, move: Move) -> Callable[..., Any]:
+    def _layer(self, at: int, move: Move) -> Callable[..., Any]:
         buffer = next(move.buffers(), None) if isinstance(move, nn.Module) else None
         device = None if buffer is None else buffer.device
 
@@ -309,7 +339,8 @@ class Steering:
             if self._active is None and self._where is None:
                 return None
             hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-            moved = self._moved(move, hidden, device or hidden.device)
+            context = self._context(at, move, args, kwargs) if self._reads else None
+            moved = self._moved(move, hidden, context, device or hidden.device)
             if args:
                 return (moved, *args[1:]), kwargs
             return args, {**kwargs, "hidden_states": moved}
@@ -317,14 +348,27 @@ class Steering:
         return steer
 
     @torch.no_grad()
-    def _moved(self, move: Move, hidden: Tensor, device: torch.device) -> Tensor:
+    def _context(self, at: int, move: Move, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """(B, k, e) contexts of the rows at block `at`, where the move reads them."""
+        if not (blocks := _context_blocks(move)):
+            return None
+        cache = next((arg for arg in (*kwargs.values(), *args) if hasattr(arg, "get_seq_length")), None)
+        assert self._columns is not None
+        return prompt_context(cache, at, blocks, self._columns)
+
+    @torch.no_grad()
+    def _moved(self, move: Move, hidden: Tensor, context: Tensor | None, device: torch.device) -> Tensor:
         if self._where is not None:
-            return _moved_compiled(move, hidden, *self._where)
+            return _moved_compiled(move, hidden, context, *self._where)
         assert self._active is not None
         batch, query, strength = self._active
         batch, query = batch.to(hidden.device), query.to(hidden.device)
         states = hidden[batch, query].float()
-        delta = move.delta(states.to(device), strength).to(states)
+        if context is None:
+            delta = move.delta(states.to(device), strength)
+        else:
+            delta = move.delta(states.to(device), strength, context.to(batch.device)[batch].to(device))  # type: ignore[call-arg]
+        delta = delta.to(states)
         moved = hidden.clone()
         moved[batch, query] = (states + delta).to(hidden.dtype)
         self._fired += 1
@@ -351,13 +395,37 @@ _BYPASSED = (
 )
 
 
-def _moved_compiled(move: Move, hidden: Tensor, index: Tensor, active: Tensor, strength: Tensor | float) -> Tensor:
+def _context_blocks(move: Move) -> int:
+    return int(getattr(move, "context_blocks", 0))
+
+
+def _columns_before(mask: Any, start: Tensor, rows: int, count: int, device: torch.device) -> Tensor:
+    """(rows, count) bool: the real columns whose position without pads is before that of the prompt's last token, (rows, 1)."""
+    real = torch.ones(rows, count, dtype=torch.bool, device=device)
+    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= count:
+        real = mask[:, :count].to(device).bool()
+    return real & (real.long().cumsum(dim=1) - 1 < start.to(device))
+
+
+def _moved_compiled(
+    move: Move,
+    hidden: Tensor,
+    context: Tensor | None,
+    index: Tensor,
+    active: Tensor,
+    strength: Tensor | float,
+) -> Tensor:
     """hidden (B, q, d) with its tokens at index (B, n) moved where active (B, n)."""
     if isinstance(strength, Tensor):
         strength = strength.to(hidden.device).repeat_interleave(index.shape[1])
     where = index[:, :, None].expand(-1, -1, hidden.shape[-1])
     states = hidden.gather(1, where)
-    delta = move.delta(states.float().flatten(0, 1), strength).view_as(states)
+    flat = states.float().flatten(0, 1)
+    if context is None:
+        delta = move.delta(flat, strength).view_as(states)
+    else:
+        each = context.to(hidden.device).repeat_interleave(index.shape[1], dim=0)
+        delta = move.delta(flat, strength, each).view_as(states)  # type: ignore[call-arg]
     moved = (states.float() + delta).to(hidden.dtype)
     return hidden.scatter(1, where, torch.where(active[:, :, None], moved, states))
 

@@ -1,0 +1,203 @@
+"""Energies that read the context: however the prompt reached the cache, each row is steered by its own prompt's values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import CompileConfig, DynamicCache, PreTrainedModel, QuantizedCache, StaticCache
+
+from elsteer.completions import PromptCaches
+from elsteer.decoding import decode, first_logits, score
+from elsteer.energy.context import contexts_of, prompt_context
+from elsteer.energy.descent import Descent
+from elsteer.errors import SteeringError
+from elsteer.steering import Steering
+from pipelines import some_prompts, speaker
+from slow import pad, slow_generate, slow_logits
+from tiny import FAMILIES, tiny_model
+
+PROMPTS = [[5, 9, 33, 71, 12], [40, 41], [7, 88, 21, 3, 3, 60, 61, 90, 14], [101]]
+PROMPT = PROMPTS[2]
+LAYER, BLOCKS = 3, 2
+
+
+def plain_context(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
+    """(1, k, e): the mean of the values of the prompt's tokens but the last, from a plain pass over that prompt alone."""
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(torch.tensor([list(ids)]), past_key_values=cache, use_cache=True)
+    found = [cache.layers[at].values[0, :, : len(ids) - 1] for at in range(LAYER - BLOCKS, LAYER)]
+    return torch.stack([each.sum(dim=1).flatten() / max(1, len(ids) - 1) for each in found])[None]
+
+
+def reader(model: PreTrainedModel, eta: float = 0.5) -> Descent:
+    """A product energy whose u is read off the context alone, so that steering follows it."""
+    shape = plain_context(model, PROMPT).shape[1:]
+    generator = torch.Generator().manual_seed(1)
+    scale = float(torch.cat([plain_context(model, one) for one in PROMPTS]).std())
+    tensors = {
+        "weight": torch.stack([torch.zeros(32), torch.randn(32, generator=generator)]),
+        "bias": torch.zeros(2),
+        "mean": torch.zeros(32),
+        "scale": torch.tensor(1.5),
+        "context_weight": torch.cat([torch.randn(1, *shape, generator=generator), torch.zeros(1, *shape)]),
+        "context_mean": torch.zeros(shape),
+        "context_scale": torch.tensor(4 * scale),
+    }
+    return Descent(tensors, eta=eta, steps=1, guard=torch.eye(32)[:, :1])
+
+
+class Told:
+    """The same move for one prompt, its context given: what the slow reference steers by."""
+
+    def __init__(self, move: Descent, context: Tensor) -> None:
+        self.move, self.context = move, context
+
+    def delta(self, states: Tensor, strength: Tensor | float = 1.0) -> Tensor:
+        return self.move.delta(states, strength, self.context.expand(len(states), -1, -1))
+
+
+def wanted(model: PreTrainedModel, move: Descent, prompts: Sequence[Sequence[int]], window: int = 2) -> list[list[int]]:
+    return [slow_generate(model, {LAYER: Told(move, plain_context(model, p))}, p, 8, window) for p in prompts]
+
+
+def made(model: PreTrainedModel, inputs: dict[str, Tensor], **options: Any) -> list[list[int]]:
+    out = model.generate(**inputs, **{"max_new_tokens": 8, "do_sample": False, **options})
+    rows = out[:, inputs["input_ids"].shape[1] :].tolist()
+    return [row[: row.index(258) + 1] if 258 in row else row for row in rows]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_batch_is_steered_as_its_rows_alone(family: str) -> None:
+    model = tiny_model(family)
+    move = reader(model)
+    steps = torch.cat([Told(move, plain_context(model, p)).delta(torch.zeros(1, 32)) for p in PROMPTS[:3]])
+    assert float((steps[0] - steps[1]).norm()) > 1e-3, "the prompts' contexts must make a difference here"
+    with Steering(model, {LAYER: move}, window=2):
+        assert made(model, pad(PROMPTS)) == wanted(model, move, PROMPTS)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_forward_pass_of_ones_own(side: str) -> None:
+    model = tiny_model()
+    move = reader(model)
+    with Steering(model, {LAYER: move}, window=0), torch.no_grad():
+        found = model(**pad(PROMPTS, side)).logits
+    for row, prompt in enumerate(PROMPTS):
+        at = -1 if side == "left" else len(prompt) - 1
+        slow = slow_logits(model, {LAYER: Told(move, plain_context(model, prompt))}, prompt, len(prompt) - 1, 0)
+        torch.testing.assert_close(found[row, at], slow[-1], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"cache_implementation": "static"}, {"prefill_chunk_size": 1}, {"prefill_chunk_size": 4}, {"num_beams": 1}],
+    ids=str,
+)
+@pytest.mark.parametrize("family", ["qwen2", "gemma3", "mistral"])
+def test_however_the_cache_was_filled(family: str, options: dict[str, Any]) -> None:
+    model = tiny_model(family)
+    move = reader(model)
+    with Steering(model, {LAYER: move}, window=2):
+        assert made(model, pad(PROMPTS), **options) == wanted(model, move, PROMPTS)
+
+
+def test_a_cache_from_before_the_landscape_was_attached() -> None:
+    model = tiny_model()
+    move = reader(model)
+    for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=32)):
+        with torch.no_grad():
+            model(torch.tensor([PROMPT[:5]]), past_key_values=cache, use_cache=True)
+        with Steering(model, {LAYER: move}, window=2):
+            assert made(model, pad([PROMPT]), past_key_values=cache) == wanted(model, move, [PROMPT])
+
+
+def test_returned_sequences_and_beams_follow_their_row() -> None:
+    model = tiny_model()
+    move = reader(model)
+    two = [PROMPT, PROMPTS[0]]
+    with Steering(model, {LAYER: move}, window=2):
+        out = model.generate(
+            **pad(two), max_new_tokens=4, do_sample=True, num_return_sequences=3, eos_token_id=None,
+            return_dict_in_generate=True, output_logits=True,
+        )  # fmt: skip
+        best = model.generate(**pad(two), max_new_tokens=1, num_beams=3, do_sample=False)[:, -1].tolist()
+    assert best == [made_one[0] for made_one in wanted(model, move, two)]
+    for row in range(6):
+        prompt = two[row // 3]
+        slow = slow_logits(model, {LAYER: Told(move, plain_context(model, prompt))}, prompt, len(prompt) - 1, 0)[-1]
+        torch.testing.assert_close(out.logits[0][row], slow, atol=1e-4, rtol=0)
+
+
+def test_prompt_caches_and_given_ends() -> None:
+    """What tuning and evaluation do: the prompts' caches first, then steering from the last token."""
+    tiny = speaker()
+    prompts = some_prompts(12)
+    caches = PromptCaches(*tiny, prompts, batch_size=5)
+    model = tiny[0]
+    move = reader(model)
+    for batch in caches.batches():
+        contexts, known = contexts_of([batch], [LAYER], BLOCKS, len(prompts))
+        assert known.sum() == len(batch.rows)
+        with Steering(model, {LAYER: move}, window=1) as steering:
+            out = decode(model, batch, max_new_tokens=4, end_ids=set(), steering=steering)
+            scored = score(model, batch, out.tokens, steering=steering)
+        for row, place in enumerate(batch.rows):
+            ids = caches.ids[place]
+            context = plain_context(model, ids)
+            torch.testing.assert_close(contexts[place], context, atol=1e-5, rtol=0)
+            slow = {LAYER: Told(move, context)}
+            assert out.tokens[row] == slow_generate(model, slow, ids, 4, 1, ends=())
+            whole = slow_logits(model, slow, [*ids, *out.tokens[row]], len(ids) - 1, 1)[len(ids) - 1 : -1]
+            torch.testing.assert_close(scored[row], whole, atol=1e-4, rtol=0)
+        assert torch.isfinite(first_logits(model, batch)).all()
+
+
+def test_compiled() -> None:
+    model = tiny_model()
+    move = reader(model)
+    config = CompileConfig(backend="eager", fullgraph=False, mode=None)
+    config._compile_all_devices = True
+    torch.compiler.reset()
+    try:
+        with Steering(model, {LAYER: move}, window=2):
+            found = made(model, pad(PROMPTS), cache_implementation="static", compile_config=config)
+            assert found == wanted(model, move, PROMPTS)
+    finally:
+        torch.compiler.reset()
+    runner = torch.compile(tiny_model(), backend="eager")
+    try:
+        with Steering(runner, {LAYER: move}, window=0), torch.no_grad():
+            logits = runner(**pad(PROMPTS)).logits[:, -1]
+        slow = [slow_logits(model, {LAYER: Told(move, plain_context(model, p))}, p, len(p) - 1, 0)[-1] for p in PROMPTS]
+        torch.testing.assert_close(logits, torch.stack(slow), atol=1e-4, rtol=0)
+    finally:
+        torch.compiler.reset()
+
+
+def test_without_a_cache_that_can_be_read_it_is_an_error() -> None:
+    model = tiny_model()
+    move = reader(model)
+    with Steering(model, {LAYER: move}, window=0):
+        with pytest.raises(SteeringError, match="use_cache=True"):
+            made(model, pad(PROMPTS), use_cache=False)
+        with pytest.raises(SteeringError, match="use_cache=True"), torch.no_grad():
+            model(**pad(PROMPTS), use_cache=False)
+        model(**pad(PROMPTS))
+    quantised = object.__new__(QuantizedCache)
+    quantised.layers = [type("Layer", (), {"values": torch.zeros(1, 2, 3, 4), "_quantized_values": None})()] * 4
+    with pytest.raises(SteeringError, match="no quantised"):
+        prompt_context(quantised, LAYER, BLOCKS, torch.ones(1, 3, dtype=torch.bool))
+
+
+def test_a_row_of_one_token_has_no_context() -> None:
+    model = tiny_model()
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(torch.tensor([[101, 3]]), past_key_values=cache)
+    found = prompt_context(cache, LAYER, BLOCKS, torch.zeros(1, 0, dtype=torch.bool))
+    assert torch.equal(found, torch.zeros_like(found))
