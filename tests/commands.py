@@ -27,7 +27,8 @@ FAST = shlex.split(
     --judge coin --max-new-tokens 6 --batch-size 16 --training-width 8 --training-hidden 4 --training-epochs 3
     --training-refine-epochs 1
     --tuning-etas 2,6 --tuning-steps 1 --tuning-windows 0 --tuning-gates none --tuning-tokens 6 --tuning-finalists 2
-    --tuning-least-removed -10 --tuning-safety-margin -1 --tuning-worst-source -1 --tuning-perplexity-ratio 1000 --tuning-kl 1000
+    --tuning-least-removed -10 --tuning-safety-margin -1 --tuning-safety-weighted -1 --tuning-worst-source -1
+    --tuning-perplexity-ratio 1000 --tuning-kl 1000
     --tuning-quality-prompts 4 --tuning-quality-tokens 4 --tuning-neutral-prompts 2
     """
 )
