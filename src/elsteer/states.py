@@ -114,8 +114,8 @@ def _room(shape: tuple[int, ...], dtype: torch.dtype, mapped: Path | None) -> Te
             file.truncate(size) if make is None else make(file.fileno(), 0, size)
     except OSError as error:
         raise RunError(
-            f"No space left on the disk for a file of {count * dtype.itemsize / 2**20:.1f} MiB in {mapped.parent} ({error.strerror}): free "
-            "some and run the same command again to go on."
+            f"No space left on the disk for a file of {count * dtype.itemsize / 2**20:.1f} MiB in {mapped.parent} "
+            f"({error.strerror}): free some and run the same command again to go on."
         ) from error
     return torch.from_file(str(mapped), shared=True, size=count, dtype=dtype).view(shape)
 
