@@ -136,12 +136,18 @@ class PromptCaches:
             self._used -= self._kept.pop(key).nbytes
         if not self._kept:
             next(iter(self.batches(groups[0])))
-        each = self._used / max(1, sum(len(key) for key in self._kept))
-        fit = max(self.batch_size, int(self.keep_bytes / each)) if each else self.batch_size  # none was kept: none fits
+        # Bytes go by rows and columns, whichever batches are there: what fits must not depend on what ran before.
+        each = self._used / max(1, sum(map(self._size, self._kept)))
+        fit = int(self.keep_bytes / each / sum(map(self._size, keys)) * len(places)) if each else 0
+        fit = max(self.batch_size, fit)
         if fit < len(places):
             self.forget()
             groups = [sorted(random.Random(seed).sample(places, fit))]
         return [batch for group in groups for batch in self.batches(group)]
+
+    def _size(self, key: tuple[int, ...]) -> int:
+        """Rows times columns of a batch."""
+        return len(key) * max(len(self.ids[place]) for place in key)
 
     def _keys(self, places: Sequence[int]) -> list[tuple[int, ...]]:
         groups = batches([self.ids[place] for place in places], self.batch_size)

@@ -14,6 +14,7 @@ from elsteer.energy.refine import AS_TRAINED, SteeredProducts, _losses, _moving,
 from elsteer.energy.tensors import check_tensors
 from elsteer.errors import RunError
 from elsteer.models import hidden_size, num_layers
+from elsteer.prompts import Prompt
 from elsteer.settings import TrainingSettings
 from elsteer.training import _guard
 from pipelines import Tiny, some_prompts, speaker
@@ -224,6 +225,16 @@ def test_of_more_prompts_than_memory_holds_a_sample_is_taken(tiny: Tiny) -> None
         rows = [row for batch in small.in_memory([every], seed=1) for row in batch.rows]
         assert 4 <= len(rows) <= len(PROMPTS) // 2
         assert len(set(rows)) == len(rows)
+
+
+def test_what_fits_does_not_depend_on_what_ran_before(tiny: Tiny) -> None:
+    """The longest prompts come first: a guess from their size alone left prompts out that fit."""
+    prompts = [*some_prompts(8), *(Prompt.of(f"{one.text} {'so ' * 60}", one.harmful) for one in some_prompts(8, 50))]
+    every = list(range(len(prompts)))
+    caches = PromptCaches(*tiny, prompts, batch_size=4)
+    whole = sum(batch.nbytes for batch in caches.in_memory([every]))
+    fresh = PromptCaches(*tiny, prompts, batch_size=4, keep_bytes=int(1.1 * whole))
+    assert sum(len(batch.rows) for batch in fresh.in_memory([every])) == len(prompts)
 
 
 def test_what_is_in_memory_is_not_prefilled_again(tiny: Tiny) -> None:
