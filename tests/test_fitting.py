@@ -229,7 +229,7 @@ def test_a_prompt_more_is_answered_alone(tiny: Tiny, tmp_path: Path) -> None:
 
 # Trained through the model
 
-THROUGH = tiny_settings(tuning=HELPS, training={"refine_epochs": 2, "refine_band": [0.25, 0.75]})
+THROUGH = tiny_settings(tuning=HELPS, training={"refine_epochs": 2, "refine_band": [0.25, 0.75], "context_blocks": 4})
 
 
 def test_energies_trained_through_the_model_steer_together(tiny: Tiny, tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ class TrainingSettings(_Settings):
         64, ge=0, description="Hidden units that training through the model gives to whether refusing is due."
     )
     context_blocks: int = Field(
-        4,
+        0,
         ge=0,
         description="Blocks whose values of the prompt's tokens tell it too whether refusing is due; 0: the last token alone.",
     )
