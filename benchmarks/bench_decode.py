@@ -13,7 +13,7 @@ import argparse
 import math
 
 import torch
-from side_by_side import in_turn, keep, product, ratio, show
+from side_by_side import in_turn, keep, products, ratio, show
 from transformers import PreTrainedModel
 
 import elsteer
@@ -30,12 +30,10 @@ NEW_TOKENS = 64
 
 def stand_in(model: PreTrainedModel, print_of: elsteer.models.Fingerprint, layers: int) -> Landscape:
     """A landscape of random product energies over the last `layers` blocks but two, of a step too small to matter."""
-    size, depth = hidden_size(model), num_layers(model)
-    first = max(0, depth - 2 - layers)
-    chosen = range(first, first + layers)
-    made = {layer: product(size, seed=layer) for layer in chosen}
+    size = hidden_size(model)
+    made = products(size, num_layers(model), layers)
     tensors, guards = ({layer: found[at] for layer, found in made.items()} for at in (0, 1))
-    rule = SteeringRule(layers=tuple(chosen), eta=1e-4 / math.sqrt(size), steps=1, window=0)
+    rule = SteeringRule(layers=tuple(made), eta=1e-4 / math.sqrt(size), steps=1, window=0)
     return Landscape(rule, tensors, guards, print_of)
 
 

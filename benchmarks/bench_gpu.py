@@ -19,7 +19,7 @@ from collections.abc import Callable
 from statistics import median
 
 import torch
-from side_by_side import in_turn, keep, product, ratio, show
+from side_by_side import in_turn, keep, products, ratio, show
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, CompileConfig, LlamaConfig, PreTrainedModel
 
@@ -48,12 +48,8 @@ def random_model(shape: dict[str, object], device: str) -> PreTrainedModel:
 
 def moves(model: PreTrainedModel) -> dict[int, Descent]:
     """Product energies of random weights over LAYERS blocks, of a step too small to matter."""
-    size, depth = model.config.hidden_size, model.config.num_hidden_layers
-    found = {}
-    for layer in range(depth - 2 - LAYERS, depth - 2):
-        tensors, guard = product(size, seed=layer)
-        found[layer] = Descent(tensors, eta=1e-6, steps=1, guard=guard)
-    return found
+    made = products(model.config.hidden_size, model.config.num_hidden_layers, LAYERS)
+    return {layer: Descent(tensors, eta=1e-6, steps=1, guard=guard) for layer, (tensors, guard) in made.items()}
 
 
 def kernels(run: Callable[[], object]) -> int:

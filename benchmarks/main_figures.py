@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import re
 import sys
 import time
 from pathlib import Path
@@ -196,16 +195,18 @@ def figures_of(parts: list[Evaluation], seed: int, command: str, model: str) -> 
             figures.append(figure(f"harmful_difference.{name}", paired_difference(plain, steered)))
     both = [np.concatenate([pairs["xstest_unsafe"][at], pairs["harmbench"][at]]) for at in (0, 1)]
     figures.append(figure("harmful_difference", paired_difference(*both)))
+    drawn: dict[str, Interval] = {}
     for method in ("random", *(f"shuffled {at}" for at in range(DRAWS))):
         benign = [refused(one, method, harmful=False) for one in (xstest, orbench)]
         joined = [np.concatenate([pair[at] for pair in benign]) for at in (0, 1)]
         name = f"removed.{method.replace(' ', '.')}"
-        figures.append(figure(name, removed(joined[0], joined[1], seed), "XSTest safe and OR-Bench-hard"))
+        drawn[method] = removed(joined[0], joined[1], seed)
+        figures.append(figure(name, drawn[method], "XSTest safe and OR-Bench-hard"))
         for suite, pair in zip(("xstest_safe", "or_bench_hard"), benign, strict=True):
             figures.append(figure(f"{name}.{suite}", removed(*pair, seed)))
-    draws = [one for one in figures if re.fullmatch(r"removed\.shuffled\.\d", one.name)]
+    draws = [one for method, one in drawn.items() if method != "random"]
     values = [one.value for one in draws]
-    spread = Interval(float(np.mean(values)), min(values), max(values), draws[0].n or 0)
+    spread = Interval(float(np.mean(values)), min(values), max(values), draws[0].n)
     figures.append(figure("removed.shuffled", spread, f"mean, least and greatest of {DRAWS} draws"))
     measured = xstest.quality_of["els"]
     figures.append(figure("quality.perplexity_ratio", xstest.perplexity["els"], "XSTest safe prompts that it answers"))

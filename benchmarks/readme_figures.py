@@ -19,7 +19,6 @@ from elsteer.evaluation.statistics import Interval
 from elsteer.evaluation.tables import compare
 from elsteer.files import read_jsonl
 
-DRAWS = 3  # of the shuffled control, as in main_figures
 ROOT = Path(__file__).resolve().parent.parent
 SETS = {
     "xstest_safe": "XSTest safe",
@@ -68,7 +67,7 @@ def text(figures: dict[str, Figure], moved: dict[str, Interval]) -> str:
         "",
         f"The harmful prompts of both sets together: {points(both)} points of refusals, n {both.n}. Controls, of the false",
         f"refusals on both benign sets: a random direction of the same length removes {share(random)}, energies of",
-        f"shuffled outcomes {share(shuffled)} (mean, least and greatest of {DRAWS} draws).",
+        f"shuffled outcomes {share(shuffled)} ({shuffled.note}).",
         f"Perplexity of the steered answers under the plain model: {ratio.value:.3f} times",
         f"the plain ones' ({ratio.low:.3f} to {ratio.high:.3f}, n {ratio.n}). Decoding 64 tokens, batch 8:",
         f"{slower.value:.3f} times the plain time ({slower.low:.3f} to {slower.high:.3f}).",

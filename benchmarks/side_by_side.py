@@ -62,6 +62,12 @@ def product(size: int, units: int = 64, seed: int = 0) -> tuple[dict[str, torch.
     return tensors, guard.contiguous()
 
 
+def products(size: int, depth: int, layers: int) -> dict[int, tuple[dict[str, torch.Tensor], torch.Tensor]]:
+    """`product` for each of the last `layers` blocks but two of a model of `depth`."""
+    first = max(0, depth - 2 - layers)
+    return {layer: product(size, seed=layer) for layer in range(first, first + layers)}
+
+
 def show(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """A plain table on the screen."""
     cells = [[str(cell) for cell in row] for row in (header, *rows)]

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -100,6 +101,7 @@ def fit(
 
         through = _Through(train_caches, [full, rest] if rest else [full], judged, settings, progress)
         energies, train_key = train_energies(run, train_set, completions, settings, base_key, depth, progress, through)
+        del through  # it holds the training prompts' caches, too
         train_caches.forget()
         bases = {weight: one.landscape(print_of) for weight, one in energies.items()}
         trial, tuner = _tune(run, bases, dev_caches, plain, neutral_caches, settings, train_key, energies, progress)
@@ -118,7 +120,7 @@ class _Through:
 
     def contexts(self, layers: range, blocks: int) -> tuple[Tensor, Tensor]:
         try:
-            return contexts_of(self._batches(), layers, blocks, len(self.caches.prompts))
+            return contexts_of(self._batches, layers, blocks, len(self.caches.prompts))
         except SteeringError as error:
             raise RunError(
                 "This model keeps no key-value cache that the context of a state could be read from: fit with "
@@ -128,7 +130,7 @@ class _Through:
     def train(self, products: SteeredProducts, weight: float) -> list[float]:
         return refine(
             self.caches.model,
-            self._batches(),
+            self._batches,
             torch.tensor([one.harmful for one in self.caches.prompts]),
             [self.judged.get(one.id) for one in self.caches.prompts],
             products,
@@ -138,7 +140,9 @@ class _Through:
             progress=_told(self.progress, "training the energies through the model"),
         )
 
+    @cached_property
     def _batches(self) -> list[PromptBatch]:
+        """Held as long as this is: of a sample, the caches would make them anew each time."""
         return self.caches.in_memory(self.groups, self.settings.seed)
 
 

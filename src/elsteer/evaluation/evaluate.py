@@ -138,25 +138,26 @@ def evaluate(
 def _named(methods: Sequence[Method] | Mapping[str, Landscape]) -> dict[str, Landscape]:
     """The landscapes by name. Raises PromptError where there is none, a name twice, or one that cannot be a file's."""
     by_name = isinstance(methods, Mapping)
-    given: list[Method] = (
-        list(methods.values()) if isinstance(methods, Mapping) else [one for one in methods if one != PLAIN]
+    pairs: list[tuple[str, Method]] = (
+        list(methods.items())
+        if isinstance(methods, Mapping)
+        else [(getattr(one, "method", ""), one) for one in methods if one != PLAIN]
     )
-    if unknown := [one for one in given if not isinstance(one, Landscape)]:
+    found = {name: one for name, one in pairs if isinstance(one, Landscape)}
+    if unknown := [one for _, one in pairs if not isinstance(one, Landscape)]:
         raise PromptError(
             f"The method {unknown[0]!r} is no landscape: give one, such as landscape.with_method('random')."
         )
-    landscapes = [one for one in given if isinstance(one, Landscape)]
-    names = list(methods) if isinstance(methods, Mapping) else [one.method for one in landscapes]
-    if not landscapes or len(set(names)) < len(names):
+    if not found or len(found) < len(pairs):
         raise PromptError(
             "Give at least one landscape to evaluate, and each method once; of one method several by names of your own: "
             "{'els': ..., 'els, half': ...}."
         )
-    if unfit := [name for name in names if by_name and (name == PLAIN or not re.fullmatch(r"\w[\w ,+-]*", name))]:
+    if unfit := [name for name in found if by_name and (name == PLAIN or not re.fullmatch(r"\w[\w ,+-]*", name))]:
         raise PromptError(
             f"A method cannot be called {unfit[0]!r}: use letters, digits, spaces and , + - _ in its name."
         )
-    return dict(zip(names, landscapes, strict=True))
+    return found
 
 
 @dataclass

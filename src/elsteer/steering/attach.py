@@ -364,11 +364,9 @@ class Steering:
         batch, query, strength = self._active
         batch, query = batch.to(hidden.device), query.to(hidden.device)
         states = hidden[batch, query].float()
-        if context is None:
-            delta = move.delta(states.to(device), strength)
-        else:
-            delta = move.delta(states.to(device), strength, context.to(batch.device)[batch].to(device))  # type: ignore[call-arg]
-        delta = delta.to(states)
+        if context is not None:
+            context = context.to(batch.device)[batch].to(device)
+        delta = _delta(move, states.to(device), strength, context).to(states)
         moved = hidden.clone()
         moved[batch, query] = (states + delta).to(hidden.dtype)
         self._fired += 1
@@ -399,6 +397,12 @@ def _context_blocks(move: Move) -> int:
     return int(getattr(move, "context_blocks", 0))
 
 
+def _delta(move: Move, states: Tensor, strength: Tensor | float, context: Tensor | None) -> Tensor:
+    if context is None:
+        return move.delta(states, strength)
+    return move.delta(states, strength, context)  # type: ignore[call-arg]
+
+
 def _columns_before(mask: Any, start: Tensor, rows: int, count: int, device: torch.device) -> Tensor:
     """(rows, count) bool: the real columns whose position without pads is before that of the prompt's last token, (rows, 1)."""
     real = torch.ones(rows, count, dtype=torch.bool, device=device)
@@ -420,12 +424,9 @@ def _moved_compiled(
         strength = strength.to(hidden.device).repeat_interleave(index.shape[1])
     where = index[:, :, None].expand(-1, -1, hidden.shape[-1])
     states = hidden.gather(1, where)
-    flat = states.float().flatten(0, 1)
-    if context is None:
-        delta = move.delta(flat, strength).view_as(states)
-    else:
-        each = context.to(hidden.device).repeat_interleave(index.shape[1], dim=0)
-        delta = move.delta(flat, strength, each).view_as(states)  # type: ignore[call-arg]
+    if context is not None:
+        context = context.to(hidden.device).repeat_interleave(index.shape[1], dim=0)
+    delta = _delta(move, states.float().flatten(0, 1), strength, context).view_as(states)
     moved = (states.float() + delta).to(hidden.dtype)
     return hidden.scatter(1, where, torch.where(active[:, :, None], moved, states))
 
