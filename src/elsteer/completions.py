@@ -125,10 +125,13 @@ class PromptCaches:
         """Give the memory back."""
         self._kept, self._used = {}, 0
 
-    def in_memory(self, groups: Sequence[Sequence[int]], seed: int = 0) -> list[PromptBatch]:
+    def in_memory(
+        self, groups: Sequence[Sequence[int]], seed: int = 0, progress: Progress | None = None
+    ) -> list[PromptBatch]:
         """Batches of the places of each group, as `batches` makes them, all held at once; those that are kept are taken.
 
-        Where `keep_bytes` is too small for all of them, batches of a sample by `seed`.
+        Where `keep_bytes` is too small for all of them, batches of a sample by `seed`. progress(done, total): prompts, where
+        some are not kept.
         """
         places = sorted(place for group in groups for place in group)
         keys = {key for group in groups for key in self._keys(group)}
@@ -143,7 +146,16 @@ class PromptCaches:
         if fit < len(places):
             self.forget()
             groups = [sorted(random.Random(seed).sample(places, fit))]
-        return [batch for group in groups for batch in self.batches(group)]
+        total = sum(map(len, groups))
+        told = progress if sum(map(len, self._kept)) < total else None
+        held: list[PromptBatch] = []
+        done = 0
+        for batch in (batch for group in groups for batch in self.batches(group)):
+            held.append(batch)
+            done += len(batch.rows)
+            if told is not None:
+                told(done, total)
+        return held
 
     def _size(self, key: tuple[int, ...]) -> int:
         """Rows times columns of a batch."""

@@ -143,7 +143,8 @@ class _Through:
     @cached_property
     def _batches(self) -> list[PromptBatch]:
         """Held as long as this is: of a sample, the caches would make them anew each time."""
-        return self.caches.in_memory(self.groups, self.settings.seed)
+        told = _told(self.progress, "reading the training prompts again")
+        return self.caches.in_memory(self.groups, self.settings.seed, told)
 
 
 def _divide(

@@ -247,6 +247,13 @@ def test_what_is_in_memory_is_not_prefilled_again(tiny: Tiny) -> None:
     assert sorted(row for batch in found for row in batch.rows) == list(range(len(PROMPTS)))
     fresh = PromptCaches(*tiny, PROMPTS, batch_size=8).in_memory(groups)
     assert [batch.rows for batch in found] == [batch.rows for batch in fresh]
+    told: list[tuple[int, int]] = []
+    caches.in_memory(groups, progress=lambda done, total: told.append((done, total)))
+    assert not told  # all are kept: there is nothing to wait for
+    caches.forget()
+    caches.in_memory(groups, progress=lambda done, total: told.append((done, total)))
+    assert told[-1] == (len(PROMPTS), len(PROMPTS))
+    assert len(told) == len(found)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
