@@ -28,7 +28,7 @@ from elsteer.fitting import fit
 from elsteer.judges import get_judge
 from elsteer.judges.agreement import agreement
 from elsteer.prompts import Prompt, load_starter, read_prompts, sample
-from elsteer.settings import FitSettings
+from elsteer.settings import FitSettings, TrainingSettings
 from elsteer.training import shuffled_control
 
 MODEL = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
@@ -118,7 +118,7 @@ def main() -> int:
             dev=dev,
             neutral=neutral,
             run_dir=options.run_dir,
-            settings=FitSettings(seed=seed),
+            settings=FitSettings(seed=seed, training=TrainingSettings(refine_memory=8 << 30)),  # all 13,000 prompts
             progress=progress,
             command=command,
         )

@@ -49,6 +49,10 @@ class TrainingSettings(_Settings):
     refine_units: int = Field(
         64, ge=0, description="Hidden units that training through the model gives to whether refusing is due."
     )
+    refine_due: bool = Field(
+        False,
+        description="Let training through the model change what tells whether refusing is due, beyond its offset.",
+    )
     context_blocks: int = Field(
         0,
         ge=0,
@@ -69,7 +73,7 @@ class TrainingSettings(_Settings):
         description="How far the counterpart of a state lies, in mean differences of the outcomes of its kind; 0: none.",
     )
     benign_weights: tuple[Annotated[float, Field(gt=0)], ...] = Field(
-        (2.5, 1.6, 3.2, 4.0, 5.0, 6.3, 8.0, 10.0),
+        (2.5, 1.6, 4.0, 6.3, 8.0, 10.0, 13.0, 16.0),
         min_length=1,
         description="Weights of the benign half of the loss to try: a higher one turns spare safety into fewer false refusals.",
     )
@@ -87,8 +91,8 @@ class TuningSettings(_Settings):
     """Choosing layers, step length, steps, gate and window on the dev prompts, under the constraints."""
 
     etas: tuple[float, ...] = Field(
-        (0.1, 0.12, 0.16),
-        description="Lengths of a step to try, in RMS state norms; 0.1: as trained through the model.",
+        (0.1, 0.08, 0.12),
+        description="Lengths of a step to try, in RMS state norms, the middle one first; 0.1: as trained through the model.",
     )
     band_share: float = Field(0.25, gt=0, le=1, description="Width of the layer bands to try, as a share of the depth.")
     bands: int = Field(

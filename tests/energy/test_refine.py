@@ -141,24 +141,29 @@ def test_units_learn_from_the_context_what_the_state_does_not_say() -> None:
 
 
 @pytest.mark.parametrize("units", [0, 5])
-def test_the_loss_falls_and_no_weight_of_the_model_changes(tiny: Tiny, units: int) -> None:
+@pytest.mark.parametrize("due", [False, True])
+def test_the_loss_falls_and_no_weight_of_the_model_changes(tiny: Tiny, units: int, due: bool) -> None:
     model = tiny[0]
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     asked = [parameter.requires_grad for parameter in model.parameters()]
     batches = batches_of(tiny)
     contexts = contexts_of(batches, LAYERS, 1, len(PROMPTS)) if units else None
     trained, told = products(units=units, contexts=contexts), []
+    first = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
     losses = refine(
         model,
         batches,
         HARMFUL,
         labels_of(tiny, batches),
         trained,
-        TrainingSettings(refine_epochs=6, refine_rate=3e-3),
+        TrainingSettings(refine_epochs=6, refine_rate=3e-3, refine_due=due),
         progress=lambda done, total: told.append((done, total)),
     )
     assert len(losses) == 6
     assert losses[-1] < losses[0]
+    changed = {name for name, tensor in trained.state_dict().items() if not torch.equal(tensor, first[name])}
+    of_due = {"due", *(("units", "thresholds", "bend") if units else ())}
+    assert changed == {"turn", "offset", "log_length"} | (of_due if due else set())
     assert told[-1] == (6 * len(batches), 6 * len(batches))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert [parameter.requires_grad for parameter in model.parameters()] == asked
@@ -172,7 +177,7 @@ def test_the_same_seed_trains_the_same(tiny: Tiny) -> None:
     for _ in range(2):
         trained = products()
         refine(tiny[0], batches, HARMFUL, labels, trained, TrainingSettings(refine_epochs=1), seed=3)
-        found.append(trained.due.detach())
+        found.append(trained.turn.detach())
     assert torch.equal(*found)
 
 

@@ -10,13 +10,15 @@ given the right verdict, and sharpened so that tokens that begin both kinds of a
 
 The loss is KL(q || p steered), plus `refine_stay` times KL(p || p steered) in so far as the model was right before. So a
 prompt that gets the right verdict already asks for no change, and the words that an answer begins with stay the model's own.
-The gradient reaches, through the blocks after them, u (is refusing due: its direction a, its offset b, its hidden units), the
-direction c (does the model refuse) and the length of the step, of every steered block. No weight of the model is touched.
+The gradient reaches, through the blocks after them, the direction c (does the model refuse), the length of the step, and the
+offset b of u (is refusing due), of every steered block. No weight of the model is touched.
 
 Whether refusing is due is what a state tells worst: prompts that differ by a word differ little. So u gets `refine_units` hidden
-units first, u = a.x + b + r.silu(W x + s), and sees the context of the state (`elsteer.energy.context`): x is then followed by y.
-Both are trained on stored states and contexts alone to tell harmful from benign prompts (`SteeredProducts.see`, `add_units`), by
-the same weighted logistic loss that gave a and b.
+units first, u = a.x + b + r.silu(W x + s), and on request sees the context of the state (`elsteer.energy.context`): x is then
+followed by y. Both are trained on stored states and contexts alone to tell harmful from benign prompts (`SteeredProducts.see`,
+`add_units`), by the same weighted logistic loss that gave a and b. Then u is left alone, its offset aside: the loss through the
+model makes it surer of the training prompts and worse on others, of other hands above all (docs/algorithm.md). `refine_due`
+trains it on nonetheless.
 
 This is distillation of a conditioned distribution into an intervention on hidden states, as in representation finetuning
 (ReFT, Wu et al. 2024, arXiv 2404.03592), with the intervention held to a guarded step down an energy: `elsteer.energy.descent`.
@@ -258,8 +260,10 @@ def refine(
     """
     products.to(model.device)
     rate, epochs = settings.refine_rate, settings.refine_epochs
-    slow = [products.due, products.turn, products.units, products.thresholds, products.bend]
-    fast = [products.offset, products.log_length]
+    of_due = [products.due, products.units, products.thresholds, products.bend]
+    for parameter in of_due:
+        parameter.requires_grad_(settings.refine_due)
+    slow, fast = [products.turn, *(of_due if settings.refine_due else [])], [products.offset, products.log_length]
     optimiser = torch.optim.AdamW([{"params": slow, "lr": rate}, {"params": fast, "lr": 10 * rate}], weight_decay=0.0)
     total = len(batches) * epochs
     schedule = torch.optim.lr_scheduler.OneCycleLR(
