@@ -1,4 +1,4 @@
-"""How long the demo takes once the model is there, and what it finds: `demo.*` in results/main.json.
+"""How long the demo takes once the model is there, and what it finds: `demo.seconds` in results/main.json and main.md.
 
     .venv/bin/python benchmarks/demo_seconds.py
 
@@ -15,6 +15,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from main_figures import write_page
 
 from elsteer.demo import MODEL, fast_dtype
 from elsteer.evaluation.figures import Figure, machine, write_figures
@@ -45,6 +47,7 @@ def main() -> int:
         )
     ]
     write_figures(options.results / "main.json", figures)
+    write_page(options.results)
     sys.stdout.write(f"{seconds:.0f} seconds\n{json.dumps(summary, indent=1)[:2000]}\n")
     return 0
 

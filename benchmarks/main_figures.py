@@ -196,6 +196,7 @@ def figures_of(parts: list[Evaluation], seed: int, command: str, model: str) -> 
     both = [np.concatenate([pairs["xstest_unsafe"][at], pairs["harmbench"][at]]) for at in (0, 1)]
     figures.append(figure("harmful_difference", paired_difference(*both)))
     drawn: dict[str, Interval] = {}
+    harm: dict[str, Interval] = {}
     for method in ("random", *(f"shuffled {at}" for at in range(DRAWS))):
         benign = [refused(one, method, harmful=False) for one in (xstest, orbench)]
         joined = [np.concatenate([pair[at] for pair in benign]) for at in (0, 1)]
@@ -204,10 +205,13 @@ def figures_of(parts: list[Evaluation], seed: int, command: str, model: str) -> 
         figures.append(figure(name, drawn[method], "XSTest safe and OR-Bench-hard"))
         for suite, pair in zip(("xstest_safe", "or_bench_hard"), benign, strict=True):
             figures.append(figure(f"{name}.{suite}", removed(*pair, seed)))
-    draws = [one for method, one in drawn.items() if method != "random"]
-    values = [one.value for one in draws]
-    spread = Interval(float(np.mean(values)), min(values), max(values), draws[0].n)
-    figures.append(figure("removed.shuffled", spread, f"mean, least and greatest of {DRAWS} draws"))
+        harm[method] = paired_difference(*refused(xstest, method, harmful=True))
+        figures.append(figure(f"harmful_difference.{method.replace(' ', '.')}", harm[method], "XSTest unsafe"))
+    for name, each in (("removed.shuffled", drawn), ("harmful_difference.shuffled", harm)):
+        draws = [one for method, one in each.items() if method != "random"]
+        values = [one.value for one in draws]
+        spread = Interval(float(np.mean(values)), min(values), max(values), draws[0].n)
+        figures.append(figure(name, spread, f"mean, least and greatest of {DRAWS} draws"))
     measured = xstest.quality_of["els"]
     figures.append(figure("quality.perplexity_ratio", xstest.perplexity["els"], "XSTest safe prompts that it answers"))
     ids = list(xstest.answers["none"])

@@ -2,14 +2,13 @@
 
     .venv/bin/python benchmarks/readme_figures.py [--run-dir runs/main]
 
-Writes the part of README.md between the marks `figures:begin` and `figures:end`, and docs/images/*.png. It measures nothing.
+Writes the part of README.md between the marks `figures:begin` and `figures:end`, and the picture there. It measures nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
-import shutil
 import sys
 from pathlib import Path
 
@@ -26,6 +25,7 @@ SETS = {
     "harmbench": "HarmBench",
     "xstest_unsafe": "XSTest unsafe",
 }
+CONTROLS = ("random", "shuffled")
 SOURCES = {
     "xstest-safe": "XSTest safe",
     "xstest-unsafe": "XSTest unsafe",
@@ -61,13 +61,15 @@ def text(figures: dict[str, Figure], moved: dict[str, Interval]) -> str:
         gone = figures.get(f"removed.{name}")
         cells = [label, str(plain.n), share(plain), share(steered), points(moved[label]), share(gone) if gone else ""]
         lines.append(f"| {' | '.join(cells)} |")
-    both, random, shuffled = (figures[one] for one in ("harmful_difference", "removed.random", "removed.shuffled"))
+    both = figures["harmful_difference"]
+    random, shuffled = ([figures[f"{one}.{name}"] for one in ("removed", "harmful_difference")] for name in CONTROLS)
     ratio, slower = figures["quality.perplexity_ratio"], figures["decode.overhead"]
     lines += [
         "",
         f"The harmful prompts of both sets together: {points(both)} points of refusals, n {both.n}. Controls, of the false",
-        f"refusals on both benign sets: a random direction of the same length removes {share(random)}, energies of",
-        f"shuffled outcomes {share(shuffled)} ({shuffled.note}).",
+        f"refusals on both benign sets: a random direction of the same length removes {share(random[0])} at",
+        f"{points(random[1])} points on XSTest unsafe, energies of shuffled outcomes {share(shuffled[0])}",
+        f"at {points(shuffled[1])} ({shuffled[0].note}).",
         f"Perplexity of the steered answers under the plain model: {ratio.value:.3f} times",
         f"the plain ones' ({ratio.low:.3f} to {ratio.high:.3f}, n {ratio.n}). Decoding 64 tokens, batch 8:",
         f"{slower.value:.3f} times the plain time ({slower.low:.3f} to {slower.high:.3f}).",
@@ -100,8 +102,7 @@ def main() -> None:
     readme.write_text(page, encoding="utf-8")
     picture = before_after_picture(found, "Refused, plain and steered")
     (ROOT / "docs/images/before_after.png").write_bytes(picture)
-    shutil.copyfile(options.run_dir / "frontier.png", ROOT / "docs/images/frontier.png")
-    sys.stdout.write(f"README.md and docs/images are made from results/main.json and {options.run_dir}.\n")
+    sys.stdout.write(f"README.md and its picture are made from results/main.json and {options.run_dir}.\n")
 
 
 if __name__ == "__main__":
