@@ -3,19 +3,22 @@
     .venv/bin/python benchmarks/bench_scale.py
 
 Each point runs in a process of its own: states are written to the run folder's shards as `fit` does, then the energies are
-trained from there. Time, and memory (the peak of the process's resident pages, less what it had before) are told, with the
-exponent of each fitted over the points (log-log least squares). `scale.peak_memory_mib` is the greatest.
+trained from there (training through the model left out: its memory is `refine_memory`, whatever the number of prompts). Time, and
+memory (the peak of the process's anonymous pages, less what it had before: pages of the file that states are mapped from go when
+others need the room) are told, with the exponent of each fitted over the points (log-log least squares).
+`scale.peak_memory_mib` is the greatest. Reads /proc, so it runs on Linux alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -31,7 +34,7 @@ from elsteer.training import train_energies
 
 COMMAND = "python benchmarks/bench_scale.py"
 POINTS = {
-    "prompts": [(count, 8, 896) for count in (128, 1024, 8192, 32_768)],
+    "prompts": [(count, 8, 896) for count in (128, 1024, 8192, 32_768, 100_000)],
     "layers": [(1024, count, 896) for count in (4, 8, 16, 32, 64)],
     "hidden": [(1024, 8, count) for count in (512, 1024, 2048, 4096)],
 }
@@ -56,13 +59,26 @@ def point(prompts: int, layers: int, size: int) -> dict[str, float]:
             Completion(str(at), "", 1, True, "refusal" if refused[at] else "compliance", 1.0, "")
             for at in range(prompts)
         ]
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before, peak, ended = anonymous(), [0.0], threading.Event()
+
+        def watch() -> None:
+            while not ended.wait(0.02):
+                peak[0] = max(peak[0], anonymous())
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
         start = time.perf_counter()
         train_energies(run, asked, said, FitSettings(), "", layers)
-        return {
-            "seconds": time.perf_counter() - start,
-            "mib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024,
-        }
+        seconds = time.perf_counter() - start
+        ended.set()
+        watcher.join()
+        return {"seconds": seconds, "mib": peak[0] - before}
+
+
+def anonymous() -> float:
+    """MiB of the process's anonymous resident pages."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
 
 
 def main() -> None:
