@@ -190,12 +190,14 @@ def _train(
     ids = [prompt.id for prompt, _ in scored]
     store = StateStore(run / "states")
     first, counts = store.read(ids, layers=slice(0, 1))
+    tokens = first.shape[1]
+    del first  # as large as a layer
     outcomes: list[str] = [outcome for _, outcome in scored]
     harmful = torch.tensor([prompt.harmful for prompt, _ in scored])
     if shuffle is not None:
         outcomes = shuffled(outcomes, harmful.tolist(), shuffle)
-    real = torch.arange(first.shape[1])[None] < counts[:, None]
-    rows, tokens = real.nonzero(as_tuple=True)
+    real = torch.arange(tokens)[None] < counts[:, None]
+    rows, places = real.nonzero(as_tuple=True)
     groups = [scored[row][0].family or scored[row][0].id for row in rows.tolist()]
     stage = f"training the energy models, benign weight {weight:g}"
     directions: dict[int, Tensor] = {}
@@ -207,12 +209,12 @@ def _train(
         with suppress(OSError):  # a system that keeps the files that are in use deletes it with the folder
             file.unlink()
         directions[layer] = harm_direction(found[:, :1], harmful)[0]
-        return found[:, 0] if found.shape[1] == 1 else found[rows, tokens]
+        return found[:, 0] if found.shape[1] == 1 else found[rows, places]
 
     def every() -> Tensor:
         found = store.read(ids, layers=slice(layers[0], layers[-1] + 1))[0]
         directions.update(zip(layers, harm_direction(found[:, 0], harmful), strict=True))
-        return found[rows, tokens]
+        return found[rows, places]
 
     with TemporaryDirectory(dir=run.path) as folder:
         result = train(
