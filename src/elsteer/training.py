@@ -11,6 +11,7 @@ import json
 import math
 import random
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -189,38 +190,43 @@ def _train(
     ids = [prompt.id for prompt, _ in scored]
     store = StateStore(run / "states")
     first, counts = store.read(ids, layers=slice(0, 1))
+    tokens = first.shape[1]
+    del first  # as large as a layer
     outcomes: list[str] = [outcome for _, outcome in scored]
     harmful = torch.tensor([prompt.harmful for prompt, _ in scored])
     if shuffle is not None:
         outcomes = shuffled(outcomes, harmful.tolist(), shuffle)
-    real = torch.arange(first.shape[1])[None] < counts[:, None]
-    rows, tokens = real.nonzero(as_tuple=True)
+    real = torch.arange(tokens)[None] < counts[:, None]
+    rows, places = real.nonzero(as_tuple=True)
     groups = [scored[row][0].family or scored[row][0].id for row in rows.tolist()]
     stage = f"training the energy models, benign weight {weight:g}"
     directions: dict[int, Tensor] = {}
 
-    def states_of(at: int) -> Tensor:
-        """One layer's states (n, d); memory does not hold those of all layers."""
-        layer = layers[at]
-        found = store.read(ids, layers=slice(layer, layer + 1), dtype=torch.float64)[0][:, :, 0]
-        directions[layer] = harm_direction(found[:, :1], harmful)[0].float()
-        return found[:, 0] if found.shape[1] == 1 else found[rows, tokens]
+    def states_of(at: int, folder: Path) -> Tensor:
+        """One layer's states (n, d), mapped from a file that takes no room once they are let go."""
+        layer, file = layers[at], folder / f"states.{layers[at]}"
+        found = store.read(ids, layers=slice(layer, layer + 1), mapped=file)[0][:, :, 0]
+        with suppress(OSError):  # a system that keeps the files that are in use deletes it with the folder
+            file.unlink()
+        directions[layer] = harm_direction(found[:, :1], harmful)[0]
+        return found[:, 0] if found.shape[1] == 1 else found[rows, places]
 
     def every() -> Tensor:
         found = store.read(ids, layers=slice(layers[0], layers[-1] + 1))[0]
         directions.update(zip(layers, harm_direction(found[:, 0], harmful), strict=True))
-        return found[rows, tokens]
+        return found[rows, places]
 
-    result = train(
-        states_of if settings.training.energy == "product" else every(),
-        [outcomes[row] for row in rows.tolist()],
-        groups,
-        list(layers),
-        settings.training,
-        benign_weight=weight,
-        seed=settings.seed,
-        progress=None if progress is None else lambda done, total: progress(stage, done, total),
-    )
+    with TemporaryDirectory(dir=run.path) as folder:
+        result = train(
+            (lambda at: states_of(at, Path(folder))) if settings.training.energy == "product" else every(),
+            [outcomes[row] for row in rows.tolist()],
+            groups,
+            list(layers),
+            settings.training,
+            benign_weight=weight,
+            seed=settings.seed,
+            progress=None if progress is None else lambda done, total: progress(stage, done, total),
+        )
     tensors = {layer: result.models.tensors_of(at) for at, layer in enumerate(layers)}
     return Energies(
         tensors,

@@ -203,7 +203,7 @@ def test_product_energies_are_the_same_whether_states_come_at_once_or_by_layer()
 
     def layer(at: int) -> Tensor:
         asked.append(at)
-        return states[:, at].double()
+        return states[:, at].float().clone()
 
     whole = train(states, outcomes, groups, [4, 7], product, benign_weight=2.0)
     by_layer = train(layer, outcomes, groups, [4, 7], product, benign_weight=2.0)

@@ -193,10 +193,11 @@ class SteeredProducts(nn.Module):
         """
         found, along = {}, self.directions()
         for at, layer in enumerate(self.layers):
-            x = (states[:, at].double() - self.mean[at].double()) / self.scale[at].double()
-            c, e = verdict_row(verdict_means(x, harmful, refused, rows), along[at].double())
+            sides = verdict_means(states[:, at], harmful, refused, rows)
+            sides = (sides - self.mean[at].double()) / self.scale[at].double()
+            c, e = verdict_row(sides, along[at].double())
             weight = torch.cat([self.due[at][None], torch.zeros_like(self.due[at])[None], self.units[at]])
-            weight, more = weight[:, : x.shape[1]].clone(), weight[:, x.shape[1] :]
+            weight, more = weight[:, : states.shape[2]].clone(), weight[:, states.shape[2] :]
             weight[1] = c.float()
             found[layer] = {
                 "weight": weight,

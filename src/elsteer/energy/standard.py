@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["standardised"]
+__all__ = ["ROWS_AT_ONCE", "standardised"]
+
+ROWS_AT_ONCE = 4096  # a float64 copy of all states would be twice as large as they are
 
 
 def standardised(states: Tensor) -> tuple[Tensor, Tensor]:
     """Mean (d,) and scale (), the root mean square of states (N, d) minus the mean, over all coordinates; float32."""
-    parts = states.split(4096)  # a float64 copy of all of them would double the memory
+    parts = states.split(ROWS_AT_ONCE)
     mean = torch.stack([part.double().sum(dim=0) for part in parts]).sum(dim=0) / len(states)
     squares = torch.stack([(part.double() - mean).square().sum() for part in parts]).sum()
     return mean.float(), (squares / states.numel()).sqrt().clamp_min(1e-8).float()

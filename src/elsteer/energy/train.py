@@ -35,7 +35,7 @@ from torch import Tensor
 
 from elsteer.energy.model import EnergyModels
 from elsteer.energy.product import ProductEnergies, product_energy
-from elsteer.energy.standard import standardised
+from elsteer.energy.standard import ROWS_AT_ONCE, standardised
 from elsteer.errors import RunError
 from elsteer.settings import TrainingSettings
 
@@ -71,7 +71,8 @@ def auroc(energies: Tensor, undesirable: Tensor) -> Tensor:
 def harm_direction(states: Tensor, harmful: Tensor) -> Tensor:
     """(L, d) unit vectors: mean of harmful minus mean of benign prompts' states (n, L, d); the guard's directions."""
     share = harmful.to(states) / harmful.sum() - (~harmful).to(states) / (~harmful).sum()
-    difference = torch.einsum("n,nld->ld", share, states)
+    pairs = zip(share.split(ROWS_AT_ONCE), states.split(ROWS_AT_ONCE), strict=True)
+    difference = torch.stack([torch.einsum("n,nld->ld", *pair) for pair in pairs]).sum(dim=0)
     return difference / difference.norm(dim=-1, keepdim=True).clamp_min(1e-12)
 
 
@@ -90,7 +91,7 @@ def train(
     """Train one energy model per layer.
 
     states: (n, L, d), the layers in the order of `layers`; for product energies also a function that gives the states (n, d)
-    at a place of `layers` in float64, to be overwritten, so that memory holds one layer at a time. outcomes: n names. groups:
+    at a place of `layers` in float32, to be overwritten, so that memory holds one layer at a time. outcomes: n names. groups:
     n names, rows of one group (a prompt's tokens, a family) never stand on both sides of the validation split. Raises
     RunError where an outcome is so rare that one kind of prompt teaches nothing (fewer than 8 rows of it).
     """
@@ -104,7 +105,7 @@ def train(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if settings.energy == "product":
-            read = states if callable(states) else lambda at: states[:, at].double().clone().cpu()
+            read = states if callable(states) else lambda at: states[:, at].float().clone().cpu()
             return _product(
                 read, harmful, undesirable, fit_rows, check_rows, layers, settings, benign_weight, counts, progress
             )
@@ -154,7 +155,7 @@ def _product(
                 at, x, mean, scale, harmful, refused, rows, benign_weight=benign_weight, ridge=settings.ridge
             )
             if rows is not None:
-                z = torch.addmm(models.bias[at], x[check_rows].float(), models.weight[at].T)
+                z = torch.addmm(models.bias[at], x[check_rows], models.weight[at].T)
                 energies = product_energy(z)[:, None]
                 within = {"all": (energies, u), "benign": (energies[~h], u[~h]), "harmful": (energies[h], u[h])}
                 scores[layer] = {name: float(auroc(*pair)[0]) for name, pair in within.items()}
