@@ -59,7 +59,8 @@ def point(prompts: int, layers: int, size: int) -> dict[str, float]:
             Completion(str(at), "", 1, True, "refusal" if refused[at] else "compliance", 1.0, "")
             for at in range(prompts)
         ]
-        before, peak, ended = anonymous(), [0.0], threading.Event()
+        before, ended = anonymous(), threading.Event()
+        peak = [before]
 
         def watch() -> None:
             while not ended.wait(0.02):

@@ -200,13 +200,13 @@ def figures_of(parts: list[Evaluation], seed: int, command: str, model: str) -> 
     for method in ("random", *(f"shuffled {at}" for at in range(DRAWS))):
         benign = [refused(one, method, harmful=False) for one in (xstest, orbench)]
         joined = [np.concatenate([pair[at] for pair in benign]) for at in (0, 1)]
-        name = f"removed.{method.replace(' ', '.')}"
+        label = method.replace(" ", ".")
         drawn[method] = removed(joined[0], joined[1], seed)
-        figures.append(figure(name, drawn[method], "XSTest safe and OR-Bench-hard"))
+        figures.append(figure(f"removed.{label}", drawn[method], "XSTest safe and OR-Bench-hard"))
         for suite, pair in zip(("xstest_safe", "or_bench_hard"), benign, strict=True):
-            figures.append(figure(f"{name}.{suite}", removed(*pair, seed)))
+            figures.append(figure(f"removed.{label}.{suite}", removed(*pair, seed)))
         harm[method] = paired_difference(*refused(xstest, method, harmful=True))
-        figures.append(figure(f"harmful_difference.{method.replace(' ', '.')}", harm[method], "XSTest unsafe"))
+        figures.append(figure(f"harmful_difference.{label}", harm[method], "XSTest unsafe"))
     for name, each in (("removed.shuffled", drawn), ("harmful_difference.shuffled", harm)):
         draws = [one for method, one in each.items() if method != "random"]
         values = [one.value for one in draws]

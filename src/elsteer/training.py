@@ -189,14 +189,12 @@ def _train(
         )
     ids = [prompt.id for prompt, _ in scored]
     store = StateStore(run / "states")
-    first, counts = store.read(ids, layers=slice(0, 1))
-    tokens = first.shape[1]
-    del first  # as large as a layer
+    first, counts = store.read(ids, layers=slice(0, 0))  # the number of tokens, and no layer
     outcomes: list[str] = [outcome for _, outcome in scored]
     harmful = torch.tensor([prompt.harmful for prompt, _ in scored])
     if shuffle is not None:
         outcomes = shuffled(outcomes, harmful.tolist(), shuffle)
-    real = torch.arange(tokens)[None] < counts[:, None]
+    real = torch.arange(first.shape[1])[None] < counts[:, None]
     rows, places = real.nonzero(as_tuple=True)
     groups = [scored[row][0].family or scored[row][0].id for row in rows.tolist()]
     stage = f"training the energy models, benign weight {weight:g}"

@@ -28,7 +28,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
-from elsteer.energy.standard import ROWS_AT_ONCE, standardised
+from elsteer.energy.standard import standardised, weighted_sums
 
 __all__ = ["ProductEnergies", "product_energy", "product_slope", "silu_slope", "verdict_means", "verdict_row"]
 
@@ -161,8 +161,4 @@ def verdict_means(x: Tensor, harmful: Tensor, refused: Tensor, rows: Tensor | No
     taken = torch.ones_like(harmful) if rows is None else rows
     groups = [[(harmful == kind) & (refused == said) & taken for kind in (False, True)] for said in (False, True)]
     shares = torch.stack([sum(group.double() / group.sum() for group in pair) / 2 for pair in groups])  # type: ignore[misc]
-    parts = (
-        share @ part.double()
-        for share, part in zip(shares.split(ROWS_AT_ONCE, dim=1), x.split(ROWS_AT_ONCE), strict=True)
-    )
-    return torch.stack(list(parts)).sum(dim=0)
+    return weighted_sums(shares, x)

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from elsteer.energy.model import EnergyModels
 from elsteer.energy.product import ProductEnergies, product_energy
-from elsteer.energy.standard import ROWS_AT_ONCE, standardised
+from elsteer.energy.standard import standardised, weighted_sums
 from elsteer.errors import RunError
 from elsteer.settings import TrainingSettings
 
@@ -70,10 +70,9 @@ def auroc(energies: Tensor, undesirable: Tensor) -> Tensor:
 
 def harm_direction(states: Tensor, harmful: Tensor) -> Tensor:
     """(L, d) unit vectors: mean of harmful minus mean of benign prompts' states (n, L, d); the guard's directions."""
-    share = harmful.to(states) / harmful.sum() - (~harmful).to(states) / (~harmful).sum()
-    pairs = zip(share.split(ROWS_AT_ONCE), states.split(ROWS_AT_ONCE), strict=True)
-    difference = torch.stack([torch.einsum("n,nld->ld", *pair) for pair in pairs]).sum(dim=0)
-    return difference / difference.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    share = harmful.double() / harmful.sum() - (~harmful).double() / (~harmful).sum()
+    difference = weighted_sums(share[None], states.flatten(1)).view(states.shape[1:])
+    return (difference / difference.norm(dim=-1, keepdim=True).clamp_min(1e-12)).to(states)
 
 
 def train(
