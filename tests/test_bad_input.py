@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import click
 import pytest
+from click.testing import CliRunner
 
 from commands import FAST, elsteer, one_sentence, save_tiny, started, stop_when, write_prompts
 from elsteer.cli import app
+from elsteer.console import Application
+from elsteer.errors import RunError
 from elsteer.landscape import Landscape
 from elsteer.run import RunFolder
 
@@ -338,6 +343,23 @@ def test_from_python_errors_are_raised() -> None:
 
 
 # Ctrl-C
+
+
+def test_ctrl_c_that_a_library_makes_an_error_of() -> None:
+    @click.group(cls=Application)
+    def tool() -> None: ...
+
+    @tool.command()
+    def read() -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:  # as torch.asarray does while it asks for a length
+            raise RunError("The file is damaged.") from None
+
+    before = signal.getsignal(signal.SIGINT)
+    result = CliRunner().invoke(tool, ["read"])
+    assert (result.exit_code, result.stderr) == (130, "Stopped.\n")
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_ctrl_c_in_every_stage_of_fit_loses_no_finished_row(here: Path, tmp_path: Path) -> None:

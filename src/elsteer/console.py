@@ -10,14 +10,17 @@ import errno
 import logging
 import os
 import shlex
+import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, Self
 
 import click
@@ -55,12 +58,14 @@ def note(text: str) -> None:
 class Invocation:
     """What the command that is running knows of itself.
 
-    command: as it was typed. debug: show tracebacks. kept: where finished work lies, said when it is stopped.
+    command: as it was typed. debug: show tracebacks. kept: where finished work lies, said when it is stopped. interrupted:
+    Ctrl-C was pressed, even where a library made another error of it.
     """
 
     command: str
     debug: bool = False
     kept: Path | None = None
+    interrupted: bool = False
 
 
 def invocation() -> Invocation:
@@ -78,7 +83,8 @@ class Application(click.Group):
         standalone = extra.pop("standalone_mode", True)
         told = Invocation(shlex.join([name, *words]))
         try:
-            result = super().main(words, name, standalone_mode=False, **{**extra, "obj": told})
+            with _noticing_ctrl_c(told):
+                result = super().main(words, name, standalone_mode=False, **{**extra, "obj": told})
             sys.stdout.flush()
         except Exception as error:
             if not standalone:
@@ -89,11 +95,30 @@ class Application(click.Group):
         sys.exit(result if isinstance(result, int) else 0)
 
 
+@contextmanager
+def _noticing_ctrl_c(told: Invocation) -> Iterator[None]:
+    """Ctrl-C raises as ever and is noted too: compiled code, such as torch.asarray, turns it into an error of its own."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def raised(number: int, frame: FrameType | None) -> None:
+        told.interrupted = True
+        signal.default_int_handler(number, frame)
+
+    signal.signal(signal.SIGINT, raised)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _end(error: Exception, told: Invocation) -> int:
     """Say what happened; the exit code."""
     if told.debug:
         traceback.print_exception(error)
-    if isinstance(error, click.Abort):  # Ctrl-C
+    if isinstance(error, click.Abort) or told.interrupted:
         kept = (
             "" if told.kept is None else f" Finished work is kept in {told.kept}: run the same command again to go on."
         )

@@ -80,7 +80,7 @@ class StateStore:
         counts = torch.zeros(len(ids), dtype=torch.int32)
         for shard, pairs in by_shard.items():
             with _open(shard) as file:
-                block = file.get_slice("states")[:, :tokens, layers or slice(None)].to(dtype)
+                block = torch.from_numpy(file.get_slice("states")[:, :tokens, layers or slice(None)]).to(dtype)
                 if states is not None and states.shape[1:] != block.shape[1:]:
                     raise RunError(
                         f"{self.folder} holds states of different shapes, collected with different settings: delete that "
@@ -90,7 +90,7 @@ class StateStore:
                     states = _room((len(ids), *block.shape[1:]), dtype, mapped)
                 to, by = torch.tensor(pairs).T
                 states[to] = block[by]
-                counts[to] = file.get_tensor("counts")[by].clamp_max(block.shape[1])
+                counts[to] = torch.from_numpy(file.get_tensor("counts"))[by].clamp_max(block.shape[1])
         return (states if states is not None else torch.zeros(0, 0, 0, 0)), counts
 
     def _places(self) -> dict[str, tuple[Path, int]]:
@@ -123,7 +123,7 @@ def _room(shape: tuple[int, ...], dtype: torch.dtype, mapped: Path | None) -> Te
 @contextmanager
 def _open(shard: Path) -> Iterator[Any]:
     try:
-        with safe_open(shard, framework="pt") as file:
+        with safe_open(shard, framework="numpy") as file:  # with "pt", Ctrl-C would come as a ValueError
             yield file
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise RunError(f"{shard} is damaged: delete it and run the same command again to collect it anew.") from error
