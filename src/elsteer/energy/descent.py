@@ -97,7 +97,7 @@ class Descent(nn.Module):
 
         context: (n, k, e), the average one by default; where `context_blocks` is 0 there is none.
         """
-        return -(self._total(states, strength, context) @ self.up)
+        return self._total(states, strength, context).neg() @ self.up
 
     def path(self, states: Tensor, strength: Tensor | float = 1.0, context: Tensor | None = None) -> Tensor:
         """The states on the way, (steps + 1, n, d): for pictures and tests; `delta` does it in one product."""

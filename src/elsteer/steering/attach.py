@@ -23,13 +23,13 @@ from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from elsteer.decoding import STEERED
 from elsteer.energy.context import prompt_context
 from elsteer.errors import SteeringError
 from elsteer.models import cache_given, cache_made, decoder_blocks, decoder_of
-from elsteer.steering.inputs import inferred_mask, left_padded, positions, refuse_options
+from elsteer.steering.inputs import generation_is_plain, inferred_mask, left_padded, positions, refuse_options
 
 __all__ = ["Move", "Steering"]
 
@@ -86,6 +86,7 @@ class Steering:
         )
         self._columns: Tensor | None = None  # (B, C) cache columns of the prompts' tokens before their last one
         self._reads = any(_context_blocks(move) for move in self._moves.values())
+        self._past = False  # known inside `generate`: each pass of one token from here on is past the window
         self._given: tuple[Tensor, Tensor | None] | None = None  # lengths and rows told by `prompts`
         self._cache: weakref.ref[Any] | None = None
         self._active: tuple[Tensor, Tensor, Tensor | float] | None = None  # batch index, query index, strength
@@ -203,17 +204,21 @@ class Steering:
             if isinstance(mask, Tensor) and mask.dim() == 2:
                 kwargs, mask = left_padded(kwargs, mask)
             outer = self._end, self._end_tensor, self._real
+            if generation_is_plain(self.model, kwargs):
+                counted = (*(kwargs.get("logits_processor") or ()), _Steps(self))
+                kwargs["logits_processor"] = LogitsProcessorList(counted)
             self._real = mask[:, :-1].bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
             if ids is None:
                 self._end = 0  # generation from the begin token alone
             else:
                 self._end = (mask if isinstance(mask, Tensor) and mask.dim() == 2 else ids).shape[1] - 1
             self._end_tensor = torch.tensor(self._end, device=self.model.device)
-            self._ran = False
+            self._ran, self._past = False, False
             try:
                 made = plain(**kwargs)
             finally:
                 self._end, self._end_tensor, self._real = outer
+                self._past = False
                 self._active = self._where = self._starts = self._columns = None
             if not self._ran:
                 raise SteeringError(_BYPASSED)
@@ -232,8 +237,10 @@ class Steering:
         if inputs is None:
             raise SteeringError("The model was called without input_ids or inputs_embeds: there is nothing to steer.")
         rows, width = inputs.shape[:2]
+        if self._past and width == 1:  # without a cache each pass runs the prompt again
+            return
         cache = cache_given(kwargs)
-        if torch.compiler.is_compiling():
+        if _recording():
             self._before_compiled(inputs, rows, width, cache, kwargs)
             return
         seen = 0 if cache is None else int(cache.get_seq_length())
@@ -275,8 +282,7 @@ class Steering:
         if self._given is not None:
             return self._given[0].to(position.device) - 1
         if self._begins(cache, seen, position.shape[1]):
-            # the last real token of each row: the highest position among the real ones
-            self._starts = position.masked_fill(~real, -1).amax(dim=1)
+            self._starts = _last_real(position, real, self._starts)
         if self._starts is None or self._starts.shape[0] != position.shape[0]:
             raise SteeringError(
                 "It cannot be told where the prompts end in this forward pass (the batch changed within a sequence): "
@@ -319,7 +325,9 @@ class Steering:
             if self._given is not None:
                 self._starts = self._given[0].to(inputs.device) - 1
             elif width > 1 or self._starts is None:  # several tokens end a prompt, one goes on
-                self._starts = position.masked_fill(~real, -1).amax(dim=1)
+                self._starts = _last_real(position, real, self._starts)
+            elif self.window == 0:
+                return
             start = self._starts[:, None]
             active = real & (position >= start) & (position <= start + self.window)
             if self._reads:
@@ -373,7 +381,7 @@ class Steering:
         return moved
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if torch.compiler.is_compiling():
+        if _recording():
             return
         cache = cache_made(output)
         self._cache = None if cache is None else weakref.ref(cache)
@@ -391,6 +399,34 @@ _BYPASSED = (
     "The model generated without calling its decoder through its hooks, so nothing was steered: run it without the engine "
     "or wrapper that bypasses them."
 )
+
+
+class _Steps(LogitsProcessor):
+    """Called by `generate` once a step: tells when the window is past, so that a token's pass is not looked at."""
+
+    def __init__(self, steering: Steering) -> None:
+        self.steering, self.steps = steering, 0
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        self.steps += 1  # the pass that follows runs the generated token of this number
+        self.steering._past = self.steps > self.steering.window
+        return scores
+
+
+def _recording() -> bool:
+    """Whether the pass is compiled or captured into a CUDA graph: fixed shapes then, and no look at values."""
+    return torch.compiler.is_compiling() or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+
+
+def _last_real(position: Tensor, real: Tensor, buffer: Tensor | None) -> Tensor:
+    """(B,) position of the last real token of each row of position and real (B, q): the highest among the real ones.
+
+    Written into `buffer` where that fits: a captured CUDA graph reads it where it was.
+    """
+    found = position.masked_fill(~real, -1).amax(dim=1)
+    if buffer is None or buffer.shape != found.shape or buffer.device != found.device or buffer.is_inference():
+        return found
+    return buffer.copy_(found)
 
 
 def _context_blocks(move: Move) -> int:

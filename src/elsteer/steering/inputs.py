@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from elsteer.errors import SteeringError
 from elsteer.models import cache_given
 
-__all__ = ["inferred_mask", "left_padded", "positions", "refuse_options"]
+__all__ = ["generation_is_plain", "inferred_mask", "left_padded", "positions", "refuse_options"]
 
 # Options of `generate` that run the model in ways the window does not describe: name, reason.
 _REFUSED = {
@@ -28,6 +28,8 @@ def positions(
     """Positions without pads (B, q) and which of the new tokens are real (B, q)."""
     mask, given = kwargs.get("attention_mask"), kwargs.get("position_ids")
     real = torch.ones(rows, width, dtype=torch.bool, device=device)
+    if seen is None and width == 1 and isinstance(given, Tensor) and given.dim() == 2:
+        return given.to(device).expand(rows, width), real  # a fixed mask does not tell which column is the new one
     if isinstance(mask, Tensor) and mask.dim() == 2:
         columns = slice(mask.shape[1] - width, None) if seen is None else slice(seen, seen + width)
         if mask.shape[1] >= width + (seen or 0):
@@ -52,6 +54,12 @@ def refuse_options(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
             raise SteeringError(
                 f"generate({name}={value}) cannot be steered, as {reason}: leave it out, or detach first."
             )
+
+
+def generation_is_plain(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
+    """Whether `generate` runs one token of every row a step, so that steps tell where it is: no drafts, no loop of the user's."""
+    named = ("assistant_model", "prompt_lookup_num_tokens", "penalty_alpha", "custom_generate")
+    return all(_option(model, kwargs, name) is None for name in named)
 
 
 def inferred_mask(model: PreTrainedModel, ids: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
