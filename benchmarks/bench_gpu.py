@@ -9,7 +9,8 @@ Milliseconds per decoding step of 64 tokens, batches of 1 to 64, in turn (plain,
 - `eager`: `generate` with a dynamic cache;
 - `compiled`, `compiled_graphs`: `generate` with a static cache, compiled by inductor without and with CUDA graphs.
 Beside each stand the kernels of a step. In compiled code steering is switched by `disable` and `enable`, so neither side
-compiles again. Every figure is on disk as soon as it is measured; --seconds ends the run before the next one once they are over.
+compiles again. Every figure is on disk as soon as it is measured, beside those of other runs on a GPU of the same name; --seconds
+ends the run before the next one once they are over.
 
 Random weights take as long as real ones. Without a GPU it says so and exits 0. --tiny runs the same code on a small shape on
 whatever there is, to see that it works: nothing is written.
@@ -24,13 +25,13 @@ from collections.abc import Callable
 from statistics import median
 
 import torch
-from side_by_side import in_turn, keep, products, ratio, show
+from side_by_side import RESULTS, in_turn, keep, products, ratio, show
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, CompileConfig, LlamaConfig, PreTrainedModel, StaticCache
 
 from elsteer.energy.descent import Descent
-from elsteer.evaluation.figures import Figure
+from elsteer.evaluation.figures import Figure, read_figures
 from elsteer.steering import Steering
 
 COMMAND = "python benchmarks/bench_gpu.py"
@@ -43,6 +44,7 @@ TINY = LLAMA_8B | {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 12
 NAME = "random weights of Llama-3.1-8B's shape, bfloat16"
 LAYERS, NEW_TOKENS, PROMPT = 15, 64, 64
 EVERY = NEW_TOKENS
+KEPT = RESULTS / "gpu.json"
 GPU = torch.cuda.is_available()
 # name of the figure without the batch, way of running, window
 WAYS = (
@@ -137,6 +139,8 @@ def captured(
         name: Captured(model, ids, steering, name == "steered") for name in ("plain", "steered")
     }
     launched = [kernels(run.replay) for run in runs.values() if isinstance(run, Captured)]
+    for run in runs.values():  # the clock of an idle GPU rises slowly
+        run()
     return in_turn(runs, repeats, 0.0), launched
 
 
@@ -194,6 +198,7 @@ def main() -> None:
     where = torch.cuda.get_device_name() if GPU else "CPU"
     model = random_model(TINY if options.tiny else LLAMA_8B, device)
     figures: list[Figure] = []
+    before = [one for one in read_figures(KEPT) if one.machine == where] if KEPT.exists() else []
     for name, way, window in WAYS:
         if options.ways and way not in options.ways:
             continue
@@ -215,14 +220,12 @@ def main() -> None:
                 note += f"; kernels of a step: plain {launched[0]}, steered {launched[1]}"
             label = f"{name}.b{rows}"
             figures.append(Figure.of(label, found, COMMAND, 0, NAME, where, note=note))
-            row = [label, f"{each['plain']:.3f}", f"{each['steered']:.3f}", f"{found.value:.4f}"]
-            spread = f"{found.low:.4f} to {found.high:.4f}"
-            show(
-                ["figure", "plain ms", "steered ms", "ratio", "spread", "kernels", ""],
-                [[*row, spread, *(launched or ["", ""])]],
-            )
+            row: list[object] = [label, f"{each['plain']:.3f}", f"{each['steered']:.3f}", f"{found.value:.4f}"]
+            row += [f"{found.low:.4f} to {found.high:.4f}", *(launched or ["", ""])]
+            show(["figure", "plain ms", "steered ms", "ratio", "spread", "kernels", ""], [row])
             if not options.tiny:
-                keep("gpu", figures)
+                again = {one.name for one in figures}
+                keep("gpu", [*(one for one in before if one.name not in again), *figures])
     if options.tiny:
         sys.stdout.write("A small shape: nothing is written.\n")
 

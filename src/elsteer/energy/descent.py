@@ -9,7 +9,8 @@ G = W' P W'^T (r x r, precomputed) and eta the step's length in units of h:
 
 For a product energy (`elsteer.energy.product`) with a guard, u is held: s is the slope by v alone, so that no step changes
 whether refusing is due, and G and W' keep the rows that this takes. The step is shorter where u is in doubt: the divisor is
-max(|P grad_h E|, |P W'_v|), and |P grad_h E| = |tanh u| |P W'_v|.
+max(|P grad_h E|, |P W'_v|), and |P grad_h E| = |tanh u| |P W'_v|. So it is |P W'_v|, and a step adds (eta / |P W'_v|) tanh u
+times P W'_v.
 
 The guard keeps h's coordinates along U, so steering may change the decision but not what the model thinks the request is.
 Exact, not an approximation: equal to K normalised gradient steps on h by autograd. After DESIGN's derivation of ELS
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from elsteer.energy.model import energy_of, slope_of
+from elsteer.energy.product import held_slope
 
 __all__ = ["Descent"]
 
@@ -66,11 +68,11 @@ class Descent(nn.Module):
             basis = guard.to(weight.device).double()
             guarded = weight - (weight @ basis) @ basis.T
             self.held = product
-        self._rows = slice(1, 2) if self.held else slice(None)  # of W', those that a step goes along
+        rows = slice(1, 2) if self.held else slice(None)  # of W', those that a step goes along
         self.register_buffer("down", weight.float())
         self.register_buffer("shift", shift.float())
-        self.register_buffer("up", guarded[self._rows].float())
-        self.register_buffer("gram", (guarded[self._rows] @ guarded.T).float())
+        self.register_buffer("up", guarded[rows].float())
+        self.register_buffer("gram", (guarded[rows] @ guarded.T).float())
         self.context_blocks = 0
         if "context_weight" in tensors:
             look = tensors["context_weight"].double() / tensors["context_scale"].double()
@@ -120,17 +122,21 @@ class Descent(nn.Module):
         length: Tensor | float = self.eta * self.unit * strength
         if isinstance(length, Tensor):
             length = length.to(z)[:, None]
-        total = z.new_zeros(len(z), len(self.up))
-        for _ in range(self.steps if steps is None else steps):
-            energy, slope = slope_of(head, z, held=self.held)
-            moved = slope @ self.gram
-            norm = (slope * moved[:, self._rows]).sum(dim=-1, keepdim=True).clamp_min(0).sqrt()
-            factor = length / norm.clamp_min(self.reach)
+        last = (self.steps if steps is None else steps) - 1
+        parts = []
+        for step in range(last + 1):
+            if self.held:  # |slope| <= 1, so the divisor is always |P W'_v|
+                slope, factor = held_slope(z, head.get("bend")), length / self.reach
+            else:
+                slope = slope_of(head, z)[1]
+                norm = (slope * (slope @ self.gram)).sum(dim=-1, keepdim=True).clamp_min(0).sqrt()
+                factor = length / norm.clamp_min(self.reach)
             if self.gate is not None:
-                factor = torch.where((energy > self.gate)[:, None], factor, 0.0)
-            total = total + factor * slope
-            z = z - factor * moved
-        return total
+                slope = torch.where((energy_of(head, z) > self.gate)[:, None], slope, 0.0)
+            parts.append(factor * slope)
+            if step < last:
+                z = z - parts[-1] @ self.gram
+        return sum(parts[1:], parts[0])
 
 
 def _flat(name: str) -> str:

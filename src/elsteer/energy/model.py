@@ -96,13 +96,10 @@ def energy_of(tensors: dict[str, Tensor], z: Tensor) -> Tensor:
     return _forward(tensors, z)[0] if "read_out" in tensors else product_energy(z, tensors.get("bend"))
 
 
-def slope_of(tensors: dict[str, Tensor], z: Tensor, *, held: bool = False) -> tuple[Tensor, Tensor]:
-    """(f(z), df/dz) with shapes (n,), (n, r), written out: no autograd, so inference mode and graph capture work.
-
-    held, for product energies: with u held, so that the slope is (n, 1), by v alone.
-    """
+def slope_of(tensors: dict[str, Tensor], z: Tensor) -> tuple[Tensor, Tensor]:
+    """(f(z), df/dz) with shapes (n,), (n, r), written out: no autograd, so inference mode and graph capture work."""
     if "read_out" not in tensors:
-        return product_slope(z, tensors.get("bend"), held=held)
+        return product_slope(z, tensors.get("bend"))
     energy, normal, deviation, kept = _forward(tensors, z)
     depth = len(kept) - 1
     slope = tensors["read_out"] * silu_slope(kept[-1])

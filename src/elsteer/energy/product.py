@@ -30,7 +30,15 @@ from torch import Tensor, nn
 
 from elsteer.energy.standard import standardised, weighted_sums
 
-__all__ = ["ProductEnergies", "product_energy", "product_slope", "silu_slope", "verdict_means", "verdict_row"]
+__all__ = [
+    "ProductEnergies",
+    "held_slope",
+    "product_energy",
+    "product_slope",
+    "silu_slope",
+    "verdict_means",
+    "verdict_row",
+]
 
 
 class ProductEnergies(nn.Module):
@@ -119,17 +127,19 @@ def product_energy(z: Tensor, bend: Tensor | None = None) -> Tensor:
     return -torch.tanh(_due(z, bend)) * z[..., 1]
 
 
-def product_slope(z: Tensor, bend: Tensor | None = None, *, held: bool = False) -> tuple[Tensor, Tensor]:
-    """(energy, its gradient) by z, shapes (n,) and (n, 2 + m); held: with u held, (n, 1), the gradient by v alone."""
+def product_slope(z: Tensor, bend: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(energy, its gradient) by z, shapes (n,) and (n, 2 + m)."""
     due = torch.tanh(_due(z, bend))
-    energy = -due * z[:, 1]
-    if held:
-        return energy, -due[:, None]
     by_u = -(1 - due.square()) * z[:, 1]
     slope = torch.stack([by_u, -due], dim=-1)
-    if bend is None:
-        return energy, slope
-    return energy, torch.cat([slope, by_u[:, None] * bend * silu_slope(z[:, 2:])], dim=-1)
+    if bend is not None:
+        slope = torch.cat([slope, by_u[:, None] * bend * silu_slope(z[:, 2:])], dim=-1)
+    return -due * z[:, 1], slope
+
+
+def held_slope(z: Tensor, bend: Tensor | None = None) -> Tensor:
+    """(n, 1): the gradient by v alone, u held, of z (n, 2 + m)."""
+    return -torch.tanh(_due(z, bend))[:, None]
 
 
 def silu_slope(x: Tensor) -> Tensor:

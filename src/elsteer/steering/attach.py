@@ -458,13 +458,15 @@ def _moved_compiled(
     """hidden (B, q, d) with its tokens at index (B, n) moved where active (B, n)."""
     if isinstance(strength, Tensor):
         strength = strength.to(hidden.device).repeat_interleave(index.shape[1])
+    every = index.shape[1] == hidden.shape[1]
     where = index[:, :, None].expand(-1, -1, hidden.shape[-1])
-    states = hidden.gather(1, where)
+    states = hidden if every else hidden.gather(1, where)
     if context is not None:
         context = context.to(hidden.device).repeat_interleave(index.shape[1], dim=0)
-    delta = _delta(move, states.float().flatten(0, 1), strength, context).view_as(states)
-    moved = (states.float() + delta).to(hidden.dtype)
-    return hidden.scatter(1, where, torch.where(active[:, :, None], moved, states))
+    exact = states.float()
+    delta = _delta(move, exact.flatten(0, 1), strength, context).view_as(states)
+    moved = torch.where(active[:, :, None], (exact + delta).to(hidden.dtype), states)
+    return moved if every else hidden.scatter(1, where, moved)
 
 
 def _forget_compiled() -> None:
