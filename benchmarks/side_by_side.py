@@ -16,14 +16,20 @@ from elsteer.evaluation.statistics import Interval
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "bench"
 
 
+def finish() -> None:
+    """Wait for what a GPU still has to do."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def seconds(run: Callable[[], object], least: float = 0.02) -> float:
     """Seconds of one call, the mean over as many calls as take `least` seconds."""
+    finish()
     calls, start = 0, time.perf_counter()
     while True:
         run()
         calls += 1
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        finish()
         passed = time.perf_counter() - start
         if passed >= least:
             return passed / calls
