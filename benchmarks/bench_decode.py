@@ -2,30 +2,37 @@
 
     .venv/bin/python benchmarks/bench_decode.py [--landscape FOLDER] [--compiled]
 
-Batches of 1, 8 and 32 rows through `generate`, in turn (plain, steered, plain, ...). Without --landscape, energies of random
-weights with the default rule's shape stand in: a step costs the same whatever the numbers are. Further rows: more layers, and
-a static cache. --compiled adds `torch.compile` (minutes on a CPU).
+64 tokens in batches of 1, 8 and 32 rows, greedily, in lockstep: each token's pass runs plain and steered, one right after the
+other and the order turned each time, so that what else the machine does meets both. The ratio is that of the sums over the
+tokens (the first with the prompt) of the medians over the repeats; low and high: its 95% bootstrap interval, over tokens and
+repeats. What `attach` takes, once, is told apart. Without --landscape, energies of random weights with the default rule's shape
+stand in: a step costs the same whatever the numbers are. Further rows, of 16 tokens: other numbers of layers, a static cache,
+and every token steered. --compiled adds `torch.compile` (minutes on a CPU).
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import time
+from statistics import median
 
 import torch
-from side_by_side import in_turn, keep, products, ratio, show
-from transformers import PreTrainedModel
+from side_by_side import keep, products, show
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 import elsteer
 from elsteer.demo import MODEL, fast_dtype
 from elsteer.evaluation.figures import Figure, machine
+from elsteer.evaluation.statistics import Interval
 from elsteer.landscape import Landscape, SteeringRule
 from elsteer.models import fingerprint, hidden_size, left_pad, num_layers
 from elsteer.models.chat import encode_chat
 from elsteer.prompts import load_starter
 
 COMMAND = "python benchmarks/bench_decode.py"
-NEW_TOKENS = 64
+NEW_TOKENS, FEW_TOKENS = 64, 16
 
 
 def stand_in(model: PreTrainedModel, print_of: elsteer.models.Fingerprint, layers: int) -> Landscape:
@@ -37,57 +44,100 @@ def stand_in(model: PreTrainedModel, print_of: elsteer.models.Fingerprint, layer
     return Landscape(rule, tensors, guards, print_of)
 
 
+class Answer:
+    """Greedy answers to the prompts ids (B, P) with mask (B, P), a token of each per `step`."""
+
+    def __init__(self, model: PreTrainedModel, ids: Tensor, mask: Tensor, tokens: int, static: bool) -> None:
+        self.model, self.ids, self.mask = model, ids, mask
+        room = ids.shape[1] + tokens
+        self.cache = StaticCache(config=model.config, max_cache_len=room) if static else DynamicCache()
+
+    def step(self) -> float:
+        """Seconds of the pass that makes the next token."""
+        positions = (self.mask.cumsum(dim=1) - 1).clamp_min(0)[:, -self.ids.shape[1] :]
+        start = time.perf_counter()
+        said = self.model(
+            input_ids=self.ids, attention_mask=self.mask, position_ids=positions, past_key_values=self.cache,
+            use_cache=True, logits_to_keep=1,
+        )  # fmt: skip
+        self.ids = said.logits[:, -1].argmax(dim=-1, keepdim=True)
+        spent = time.perf_counter() - start
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
+        return spent
+
+
+def whole(times: Tensor) -> Tensor:
+    """Seconds of all tokens: the sum of the medians over the repeats, of times (repeats, tokens)."""
+    return times.median(dim=0).values.sum()
+
+
+def of_sides(plain: Tensor, steered: Tensor) -> Interval:
+    """Ratio of steered to plain times (repeats, tokens), with its bootstrap interval."""
+    value = float(whole(steered) / whole(plain))
+    generator = torch.Generator().manual_seed(0)
+    repeats, tokens = plain.shape
+    drawn = []
+    for _ in range(1000):
+        at = torch.randint(repeats, (repeats, tokens), generator=generator)
+        column = torch.randint(tokens - 1, (tokens,), generator=generator) + 1
+        column[0] = 0  # the prompt's pass is one, and unlike the others
+        pair = [side.gather(0, at)[:, column] for side in (steered, plain)]
+        drawn.append(float(whole(pair[0]) / whole(pair[1])))
+    low, high = torch.tensor(drawn).quantile(torch.tensor([0.025, 0.975])).tolist()
+    return Interval.around(value, low, high, plain.numel())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--landscape", default=None)
     parser.add_argument("--compiled", action="store_true")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     model, tokenizer = elsteer.load(MODEL, dtype=fast_dtype())
     print_of = fingerprint(model, tokenizer)
     given = elsteer.Landscape.from_pretrained(options.landscape) if options.landscape else stand_in(model, print_of, 10)
     prompts = [encode_chat(tokenizer, list(one.messages)) for one in load_starter("test")[:32]]
     table, figures = [], []
+    attached: list[float] = []
 
-    def measure(name: str, landscape: Landscape, rows: int, repeats: int, **how: object) -> None:
+    def measure(name: str, landscape: Landscape, rows: int, tokens: int, static: bool = False) -> None:
         ids, mask = left_pad(prompts[:rows], tokenizer.pad_token_id)
-        ids, mask = ids.to(model.device), mask.to(model.device)
-
-        def plain() -> None:
-            with torch.inference_mode():
-                model.generate(
-                    ids,
-                    attention_mask=mask,
-                    do_sample=False,
-                    min_new_tokens=NEW_TOKENS,
-                    max_new_tokens=NEW_TOKENS,
-                    pad_token_id=tokenizer.pad_token_id,
-                    **how,
-                )
-
-        def steered() -> None:
-            with landscape.attach(model, tokenizer=tokenizer):
-                plain()
-
-        times = in_turn({"plain": plain, "steered": steered}, repeats, 0.0)
-        found = ratio(times["steered"], times["plain"])
-        speeds = [rows * NEW_TOKENS / sorted(times[one])[repeats // 2] for one in ("plain", "steered")]
+        ids, mask, repeats = ids.to(model.device), mask.to(model.device), options.repeats
+        start = time.perf_counter()
+        with landscape.attach(model, tokenizer=tokenizer) as steering, torch.inference_mode():
+            attached.append(time.perf_counter() - start)
+            sides = {"plain": steering.disable, "steered": steering.enable}
+            times = {side: torch.zeros(1 + repeats, tokens) for side in sides}
+            for turn in range(1 + repeats):
+                answers = {side: Answer(model, ids, mask, tokens, static) for side in sides}
+                for at in range(tokens):
+                    for side in sorted(sides, reverse=bool((turn + at) % 2)):
+                        sides[side]()
+                        with steering.prompts(mask.sum(dim=1)):
+                            times[side][turn, at] = answers[side].step()
+        plain, steered = (times[side][1:] for side in sides)  # the first turn warms up
+        found = of_sides(plain, steered)
+        speeds = [rows * tokens / float(whole(side)) for side in (plain, steered)]
         table.append(
             [name, len(landscape.rule.layers), rows, *(f"{speed:.1f}" for speed in speeds), f"{found.value:.4f}",
              f"{found.low:.4f} to {found.high:.4f}"]
         )  # fmt: skip
         note = f"steered / plain time, {len(landscape.rule.layers)} layers; plain {speeds[0]:.1f} tokens/s"
         figures.append(Figure.of(name, found, COMMAND, 0, MODEL, machine(), note=note))
-        show(["figure", "layers", "rows", "plain tok/s", "steered tok/s", "ratio", "spread"], table[-1:])
+        show(["figure", "layers", "rows", "plain tok/s", "steered tok/s", "ratio", "interval"], table[-1:])
 
-    for rows, repeats in ((1, 2 * options.repeats), (8, options.repeats), (32, max(3, options.repeats // 2))):
-        measure(f"decode.ratio.b{rows}", given, rows, repeats)
-    for layers in (3, 12, 20):
-        measure(f"decode.ratio.b8.layers{layers}", stand_in(model, print_of, layers), 8, options.repeats)
-    measure("decode.ratio.b8.static", given, 8, options.repeats, cache_implementation="static")
+    for rows in (1, 8, 32):
+        measure(f"decode.ratio.b{rows}", given, rows, NEW_TOKENS)
+    for layers in (3, 20):
+        measure(f"decode.ratio.b1.layers{layers}", stand_in(model, print_of, layers), 1, FEW_TOKENS)
+    measure("decode.ratio.b1.static", given, 1, FEW_TOKENS, static=True)
+    every = given.with_rule(window=NEW_TOKENS)
+    measure("decode.ratio.b1.every", every, 1, FEW_TOKENS)
     if options.compiled:
         model.forward = torch.compile(model.forward)  # type: ignore[method-assign]
-        measure("decode.ratio.b8.compiled", given, 8, options.repeats, cache_implementation="static")
+        measure("decode.ratio.b1.compiled", given, 1, FEW_TOKENS, static=True)
+    note = "attaching a landscape: its fingerprint compared with the model's, the hooks put up"
+    figures.append(Figure("decode.attach_seconds", median(attached), COMMAND, 0, MODEL, machine(), note=note))
     keep("decode", figures)
 
 

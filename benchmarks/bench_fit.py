@@ -18,8 +18,8 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-from bench_train import EPOCHS, TIMED, paper_layer
-from side_by_side import keep, show
+from bench_train import EPOCHS, paper_layer
+from side_by_side import keep, peak_memory, show
 
 import elsteer
 from elsteer.demo import MODEL, fast_dtype
@@ -32,7 +32,7 @@ from elsteer.prompts import load_starter, sample
 from elsteer.settings import CollectSettings, FitSettings
 
 COMMAND = "python benchmarks/bench_fit.py"
-TRAIN, DEV, SAMPLE, LENGTH, BATCH = 256, 96, 32, 128, 8
+TRAIN, DEV, SAMPLE, LENGTH, BATCH, TIMED = 256, 96, 32, 128, 8, 2
 
 
 def main() -> None:
@@ -48,7 +48,7 @@ def main() -> None:
         last = now
 
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, peak_memory() as peak:
         try:
             elsteer.fit(
                 model,
@@ -100,6 +100,8 @@ def main() -> None:
     show(["elsteer's fit", "seconds"], [[name, f"{value:.0f}"] for name, value in ours.items()])
     note = f"{TRAIN} training and {DEV} dev prompts, {len(trials)} trials; straightforward {total:.0f} s, ours {whole:.0f} s"
     found = [Figure("fit.ratio", total / whole, COMMAND, 0, MODEL, machine(), note=note)]
+    memory = f"anonymous pages beyond the model's; {note}"
+    found.append(Figure("fit.peak_memory_mib", peak[0], COMMAND, 0, MODEL, machine(), note=memory))
     parts = {
         "answers": ("answering", "first tokens"),
         "training": ("training",),

@@ -16,13 +16,11 @@ import json
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
-from side_by_side import keep, show
+from side_by_side import keep, peak_memory, show
 
 from elsteer.completions import Completion
 from elsteer.evaluation.figures import Figure, machine
@@ -59,27 +57,11 @@ def point(prompts: int, layers: int, size: int) -> dict[str, float]:
             Completion(str(at), "", 1, True, "refusal" if refused[at] else "compliance", 1.0, "")
             for at in range(prompts)
         ]
-        before, ended = anonymous(), threading.Event()
-        peak = [before]
-
-        def watch() -> None:
-            while not ended.wait(0.02):
-                peak[0] = max(peak[0], anonymous())
-
-        watcher = threading.Thread(target=watch)
-        watcher.start()
-        start = time.perf_counter()
-        train_energies(run, asked, said, FitSettings(), "", layers)
-        seconds = time.perf_counter() - start
-        ended.set()
-        watcher.join()
-        return {"seconds": seconds, "mib": peak[0] - before}
-
-
-def anonymous() -> float:
-    """MiB of the process's anonymous resident pages."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
+        with peak_memory() as peak:
+            start = time.perf_counter()
+            train_energies(run, asked, said, FitSettings(), "", layers)
+            seconds = time.perf_counter() - start
+        return {"seconds": seconds, "mib": peak[0]}
 
 
 def main() -> None:

@@ -3,12 +3,14 @@
     .venv/bin/python benchmarks/bench_train.py
 
 States are synthetic (two directions carry harm and refusal, in noise). The paper: its network for each layer in turn, Adam, 64
-pairs a batch, a Python loop over the positives of a batch; timed for a few epochs and multiplied up to its 120, which the
-note says. `train.ratio` is the paper's time over that of the default (product) energy, with the AUROC of both.
+pairs a batch, a Python loop over the positives of a batch, 120 epochs; one layer is trained whole and its time multiplied by
+the layers. `train.ratio` is the paper's time over that of the default (product) energy, least over the numbers of layers, with
+the AUROC of both on states that were not trained on (`train.auroc.*`).
 """
 
 from __future__ import annotations
 
+import sys
 import time
 
 import torch
@@ -21,7 +23,7 @@ from elsteer.evaluation.figures import Figure, machine
 from elsteer.settings import TrainingSettings
 
 COMMAND = "python benchmarks/bench_train.py"
-SIZE, EACH, EPOCHS, TIMED = 896, 250, 120, 2
+SIZE, EACH, EPOCHS, SIGNAL = 896, 250, 120, 8.0
 OUTCOMES = ("helpful", "false_refusal", "safe_refusal", "jailbreak")
 
 
@@ -31,8 +33,8 @@ def synthetic(layers: int, seed: int = 0) -> tuple[Tensor, list[str]]:
     outcomes = [name for name in OUTCOMES for _ in range(EACH)]
     harmful = torch.tensor([name in ("safe_refusal", "jailbreak") for name in outcomes])
     refused = torch.tensor([name in ("false_refusal", "safe_refusal") for name in outcomes])
-    states[:, :, 0] += 4.0 * harmful[:, None]
-    states[:, :, 1] += 4.0 * refused[:, None]
+    states[:, :, 0] += SIGNAL * harmful[:, None]
+    states[:, :, 1] += SIGNAL * refused[:, None]
     return states, outcomes
 
 
@@ -64,6 +66,19 @@ def main() -> None:
         "network": TrainingSettings(energy="network", epochs=20, patience=20),
     }
     table, figures = [], []
+    states, outcomes = synthetic(1)
+    good = torch.tensor([name in ("helpful", "safe_refusal") for name in outcomes])
+    start = time.perf_counter()
+    model = paper_layer(states[:, 0], good, EPOCHS)
+    whole = time.perf_counter() - start
+    fresh, labels = synthetic(1, seed=1)
+    with torch.inference_mode():
+        energies = model(fresh[:, 0])[:, 0]
+    kinds = [[name in pair for name in labels] for pair in (OUTCOMES[:2], OUTCOMES[2:])]
+    bad = torch.tensor([name in ("false_refusal", "jailbreak") for name in labels])
+    scores = [float(auroc(energies[torch.tensor(kind)][:, None], bad[torch.tensor(kind)])[0]) for kind in kinds]
+    reached = {"paper": sum(scores) / 2}
+    sys.stdout.write(f"the paper's loop: {whole:.0f} s a layer\n")
     for layers in (8, 24, 64):
         states, outcomes = synthetic(layers)
         good = torch.tensor([name in ("helpful", "safe_refusal") for name in outcomes])
@@ -80,20 +95,12 @@ def main() -> None:
             for layer in range(layers):
                 train(states[:, layer : layer + 1], outcomes, groups, [layer], setting)
             times[f"{name}, one by one"] = time.perf_counter() - start
-        start = time.perf_counter()
-        fresh, labels = synthetic(1, seed=1)
-        model = paper_layer(states[:, 0], good, TIMED)
-        times["paper"] = (time.perf_counter() - start) / TIMED * EPOCHS * layers
-        with torch.inference_mode():
-            bad = torch.tensor([name in ("false_refusal", "jailbreak") for name in labels])
-            found["paper"] = float(auroc(model(fresh[:, 0]), bad)[0])
+        times["paper"], found["paper"] = whole * layers, reached["paper"]
         for name, value in times.items():
             score = f"{found[name]:.3f}" if name in found else ""
             table.append([layers, name, f"{value:.1f}", f"{times['paper'] / value:.1f}", score])
-        note = (
-            f"paper's loop ({TIMED} of {EPOCHS} epochs of one of {layers} layers timed, multiplied up) over the product energy, "
-            f"all layers at once; AUROC {found['product, all at once']:.3f}"
-        )
+        note = f"paper's loop, {EPOCHS} epochs of {layers} layers (one trained, {whole:.0f} s), over the product energy's time"
+        reached |= {name.split(",")[0]: value for name, value in found.items()}
         value = times["paper"] / times["product, all at once"]
         figures.append(
             Figure(f"train.ratio.layers{layers}", value, COMMAND, 0, "synthetic states", machine(), note=note)
@@ -108,6 +115,9 @@ def main() -> None:
             )  # fmt: skip
     least = min((one for one in figures if one.name.startswith("train.ratio")), key=lambda one: one.value)
     figures.append(Figure("train.ratio", least.value, COMMAND, 0, "synthetic states", machine(), note=least.note))
+    for name, value in reached.items():
+        note = "mean of those within benign and within harmful prompts, on states that were not trained on"
+        figures.append(Figure(f"train.auroc.{name}", value, COMMAND, 0, "synthetic states", machine(), note=note))
     show(["layers", "training", "seconds", "times faster than the paper's", "AUROC"], table)
     keep("train", figures)
 

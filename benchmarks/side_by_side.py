@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 
@@ -72,6 +74,30 @@ def products(size: int, depth: int, layers: int) -> dict[int, tuple[dict[str, to
     """`product` for each of the last `layers` blocks but two of a model of `depth`."""
     first = max(0, depth - 2 - layers)
     return {layer: product(size, seed=layer) for layer in range(first, first + layers)}
+
+
+def anonymous() -> float:
+    """MiB of the process's anonymous resident pages: what no file can give back. Reads /proc, so Linux alone."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
+
+
+@contextmanager
+def peak_memory() -> Iterator[list[float]]:
+    """While open, the list's one entry follows the peak of `anonymous`, less what there was before, in MiB."""
+    before, ended, peak = anonymous(), threading.Event(), [0.0]
+
+    def watch() -> None:
+        while not ended.wait(0.02):
+            peak[0] = max(peak[0], anonymous() - before)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        ended.set()
+        watcher.join()
 
 
 def show(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

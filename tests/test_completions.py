@@ -12,7 +12,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from elsteer.completions import PromptCaches, complete, encode, end_ids
-from elsteer.errors import PromptError
+from elsteer.decoding import PromptBatch
+from elsteer.errors import PromptError, RunError
 from elsteer.judges import Verdict
 from elsteer.models import encode_chat
 from elsteer.prompts import Prompt
@@ -103,6 +104,29 @@ def test_caches_that_do_not_fit_are_made_anew(tiny: Tiny) -> None:
     assert complete(caches_of(tiny, keep_bytes=0), Stub(), max_new_tokens=6) == complete(
         caches_of(tiny), Stub(), max_new_tokens=6
     )
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["room", "full disk"])
+def test_caches_in_files_leave_nothing_behind(
+    tiny: Tiny, full: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import elsteer.completions as module
+
+    made: list[bool] = []
+    plain = module.mapped
+
+    def counted(batch: PromptBatch, path: Path) -> PromptBatch:
+        made.append(True)
+        if full:
+            raise RunError("No space left on the disk.")
+        return plain(batch, path)
+
+    monkeypatch.setattr(module, "mapped", counted)
+    caches = caches_of(tiny, folder=tmp_path)
+    for _ in range(2):
+        assert complete(caches, Stub(), max_new_tokens=6) == complete(caches_of(tiny), Stub(), max_new_tokens=6)
+    assert len(made) == 3
+    assert not list(tmp_path.iterdir())
 
 
 def test_some_of_the_prompts(tiny: Tiny) -> None:

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
-from elsteer.decoding import PromptBatch, batches, decode, plain_model, prefill, score, share_prefix
+from elsteer.decoding import (
+    PromptBatch,
+    batches,
+    decode,
+    first_logits,
+    mapped,
+    plain_model,
+    prefill,
+    score,
+    share_prefix,
+)
 from elsteer.steering import Steering
 from slow import energy_moves, slow_generate, slow_logits
-from tiny import FAMILIES, tiny_model
+from tiny import FAMILIES, VOCABULARY, tiny_model
 
 PREFIX = [200, 11, 12, 13]
 PROMPTS = [[*PREFIX, *own] for own in ([5, 9, 33, 71, 12], [40, 41], [7, 88, 21, 3, 3, 60, 61, 90, 14], [101])]
@@ -98,7 +109,7 @@ def test_a_batch_can_be_decoded_again(family: str, config: dict[str, Any]) -> No
     plain = decode(model, batch, max_new_tokens=8, end_ids=END)
     with Steering(model, moves, window=2) as steering:
         first = decode(model, batch, max_new_tokens=8, end_ids=END, steering=steering)
-        score(model, batch, [[1, 2, 3]] * 4, steering=steering)
+        list(score(model, batch, [[1, 2, 3]] * 4, steering=steering))
         again = decode(model, batch, max_new_tokens=8, end_ids=END, steering=steering)
         beside = decode(model, batch, max_new_tokens=8, end_ids=END)  # plain, though something is attached
     after = decode(model, batch, max_new_tokens=8, end_ids=END)
@@ -184,9 +195,9 @@ def test_scores_are_the_logits_of_a_whole_forward_pass(family: str, config: dict
     batch = prefilled(model, PROMPTS)
     if steered:
         with Steering(model, moves, window=2) as steering:
-            found = score(model, batch, answers, steering=steering)
+            found = list(score(model, batch, answers, steering=steering))
     else:
-        found = score(model, batch, answers)
+        found = list(score(model, batch, answers))
     for prompt, answer, logits in zip(PROMPTS, answers, found, strict=True):
         wanted = slow_logits(model, moves if steered else {}, [*prompt, *answer], len(prompt) - 1, 2)
         torch.testing.assert_close(logits, wanted[len(prompt) - 1 : -1], atol=1e-4, rtol=0)
@@ -195,7 +206,7 @@ def test_scores_are_the_logits_of_a_whole_forward_pass(family: str, config: dict
 def test_scores_of_one_token_each() -> None:
     model = tiny_model()
     batch = prefilled(model, PROMPTS)
-    found = torch.cat(score(model, batch, [[1], [2], [3], [4]]))
+    found = torch.cat(list(score(model, batch, [[1], [2], [3], [4]])))
     torch.testing.assert_close(found, decode(model, batch, max_new_tokens=1, end_ids=END).first_logits)
 
 
@@ -204,7 +215,7 @@ def test_steered_scores_choose_the_tokens_that_were_decoded() -> None:
     batch = prefilled(model, PROMPTS)
     with Steering(model, moves, window=2) as steering:
         made = decode(model, batch, max_new_tokens=6, end_ids=set(), steering=steering)
-        scored = score(model, batch, made.tokens, steering=steering)
+        scored = list(score(model, batch, made.tokens, steering=steering))
     assert [logits.argmax(dim=-1).tolist() for logits in scored] == made.tokens
     torch.testing.assert_close(torch.stack([s[0] for s in scored]), made.first_logits, atol=1e-4, rtol=0)
 
@@ -230,3 +241,34 @@ def test_the_plain_model_is_put_back_as_it_was() -> None:
         with plain_model(model):
             pass
         assert not steering.enabled
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_batch_whose_cache_is_mapped_from_a_file_decodes_alike(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = tiny_model().to(dtype)
+    batch = prefilled(model, PROMPTS)
+    wanted = decode(model, batch, max_new_tokens=8, end_ids=END)
+    stored = mapped(batch, tmp_path / "caches")
+    assert not list(tmp_path.iterdir()), "the file has no name any more"
+    keys = [layer.keys for layer in stored.cache.layers]
+    assert len({one.untyped_storage().data_ptr() for one in keys}) == 1
+    before = [one.clone() for one in keys]
+    for _ in range(2):
+        made = decode(model, stored, max_new_tokens=8, end_ids=END)
+        assert (made.tokens, made.ended) == (wanted.tokens, wanted.ended)
+        assert torch.equal(made.first_logits, wanted.first_logits)
+    assert all(torch.equal(one, old) for one, old in zip(keys, before, strict=True))
+    model.requires_grad_(True)
+    first_logits(model, stored).sum().backward()  # training through the model needs normal tensors
+
+
+def test_rows_are_scored_in_parts_as_together() -> None:
+    model = tiny_model()
+    batch, answers = prefilled(model, PROMPTS), [[1, 2, 3], [4], [5, 6], [7, 8]]
+    with Steering(model, energy_moves(), window=2, strength=torch.tensor([0.5, 1.0, 0.0, 2.0])) as steering:
+        together = list(score(model, batch, answers, steering=steering))
+        parts = list(score(model, batch, answers, steering=steering, most_bytes=2 * 3 * 4 * VOCABULARY))
+        single = list(score(model, batch, answers, steering=steering, most_bytes=1))
+    for at, one in enumerate(together):
+        torch.testing.assert_close(parts[at], one, atol=1e-5, rtol=0)
+        torch.testing.assert_close(single[at], one, atol=1e-5, rtol=0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from elsteer.decoding import Attached, PromptBatch, SharedPrefix, batches, decode, prefill, share_prefix
-from elsteer.errors import PromptError
+from elsteer.decoding import Attached, PromptBatch, SharedPrefix, batches, decode, mapped, prefill, share_prefix
+from elsteer.errors import PromptError, RunError
 from elsteer.files import append_jsonl, read_jsonl
 from elsteer.judges import Judge, Verdict
 from elsteer.models import context_length, decoder_blocks, encode_chat
@@ -83,7 +84,8 @@ def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[i
 class PromptCaches:
     """The prefill of many prompts, done once, used by every later run over them (plain, steered, each trial).
 
-    Kept in memory up to `keep_bytes`; what does not fit is computed again each time.
+    Kept up to `keep_bytes`; what does not fit is computed again each time. folder: where files are made that the caches of a
+    model on the CPU are mapped from, without a name and gone with the caches; None, or no room there: memory holds them.
     """
 
     def __init__(
@@ -97,7 +99,9 @@ class PromptCaches:
         thinking: bool | None = None,
         room: int = 64,
         keep_bytes: int = 4 << 30,
+        folder: Path | None = None,
     ) -> None:
+        self.folder = folder
         self.model, self.tokenizer, self.prompts = model, tokenizer, list(prompts)
         self.ids = encode(model, tokenizer, self.prompts, system=system, thinking=thinking, room=room)
         self.batch_size, self.keep_bytes = batch_size, keep_bytes
@@ -118,8 +122,15 @@ class PromptCaches:
                 continue
             batch = prefill(self.model, self.ids, list(key), self._shared)
             if self._used + batch.nbytes <= self.keep_bytes:
+                batch = self._stored(batch)
                 self._kept[key], self._used = batch, self._used + batch.nbytes
             yield batch
+
+    def _stored(self, batch: PromptBatch) -> PromptBatch:
+        if self.folder is not None:
+            with suppress(RunError):  # the disk is full
+                return mapped(batch, self.folder / "caches")
+        return batch
 
     def forget(self) -> None:
         """Give the memory back."""

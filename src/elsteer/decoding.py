@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +22,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from elsteer.models import accepts, cache_argument, cache_made, decoder_of
+from elsteer.states import mapped_tensor
 
 __all__ = [
     "STEERED",
@@ -30,6 +32,7 @@ __all__ = [
     "batches",
     "decode",
     "first_logits",
+    "mapped",
     "plain_model",
     "prefill",
     "score",
@@ -39,6 +42,7 @@ __all__ = [
 _GROWING = (DynamicLayer, DynamicSlidingWindowLayer)  # layers whose update makes new tensors
 STEERED = "_elsteer_steering"  # the decoder's attribute that holds the handle attached to it
 
+LOGITS_BYTES = 1 << 28
 TOKENS_PER_BATCH = 4096  # columns x rows of one prefill; keeps activations small on small machines
 
 
@@ -195,23 +199,62 @@ def first_logits(model: PreTrainedModel, batch: PromptBatch) -> Tensor:
 
 
 def score(
-    model: PreTrainedModel, batch: PromptBatch, answers: Sequence[Sequence[int]], *, steering: Attached | None = None
-) -> list[Tensor]:
-    """Logits (len(answer), vocabulary) float32 of each row's given answer, in one pass after the prompts' caches.
+    model: PreTrainedModel,
+    batch: PromptBatch,
+    answers: Sequence[Sequence[int]],
+    *,
+    steering: Attached | None = None,
+    most_bytes: int = LOGITS_BYTES,
+) -> Iterator[Tensor]:
+    """Logits (len(answer), vocabulary) float32 of each row's given answer, row after row, from after the prompts' caches.
 
     `answers[i]` belongs to batch row i, none empty; position t predicts answer token t, so the first comes from the
-    prompt's last token. The batch's cache is left as it was.
+    prompt's last token. The batch's cache is left as it was. Rows pass the model together while their logits take no more
+    than `most_bytes`: those of a whole batch would be the most memory that a fit needs.
     """
+    device, lengths = batch.mask.device, batch.mask.sum(dim=1)
     width = max(len(answer) for answer in answers)
-    device = batch.mask.device
-    padded = torch.tensor([[*a[:-1], *[0] * (width - len(a))] for a in answers], device=device, dtype=torch.long)
-    real = torch.tensor([[1] * (len(a) - 1) + [0] * (width - len(a)) for a in answers], device=device, dtype=torch.bool)
-    ids = torch.cat([batch.last, padded], dim=1)
-    mask = torch.cat([batch.mask, real.reshape(len(answers), width - 1)], dim=1)
-    lengths, rows = batch.mask.sum(dim=1), torch.tensor(batch.rows)
-    with torch.inference_mode(), plain_model(model) if steering is None else steering.prompts(lengths, rows):
-        logits = _forward(model, ids, mask, clone(batch.cache), every_logit=True).logits
-    return [logits[i, : len(answer)].float() for i, answer in enumerate(answers)]
+    each = width * model.get_output_embeddings().weight.shape[0] * model.dtype.itemsize
+    count = max(1, most_bytes // each)
+    for start in range(0, len(answers), count):
+        part = answers[start : start + count]
+        width = max(len(answer) for answer in part)
+        padded = torch.tensor([[*a[:-1], *[0] * (width - len(a))] for a in part], device=device, dtype=torch.long)
+        real = torch.tensor(
+            [[1] * (len(a) - 1) + [0] * (width - len(a)) for a in part], device=device, dtype=torch.bool
+        )
+        at = slice(start, start + count)
+        ids = torch.cat([batch.last[at], padded], dim=1)
+        mask = torch.cat([batch.mask[at], real.reshape(len(part), width - 1)], dim=1)
+        cache = clone(batch.cache)
+        if cache is not None and len(part) < len(answers):
+            cache.batch_select_indices(torch.arange(start, start + len(part), device=device))
+        known = plain_model(model) if steering is None else steering.prompts(lengths[at], torch.tensor(batch.rows[at]))
+        with torch.inference_mode(), known:
+            logits = _forward(model, ids, mask, cache, every_logit=True).logits
+        for row, answer in enumerate(part):
+            yield logits[row, : len(answer)].float()
+
+
+def mapped(batch: PromptBatch, path: Path) -> PromptBatch:
+    """The batch with its cache in a new file at `path`, mapped: memory holds what is in use, the disk the rest.
+
+    The file's name is gone when this returns, so that nothing is left of it once the batch is let go. Caches that are not on
+    the CPU or of a kind that changes in place stay as they are. Raises RunError when the disk is full.
+    """
+    layers = [] if batch.cache is None else batch.cache.layers
+    if not layers or not all(type(layer) in _GROWING and layer.keys.device.type == "cpu" for layer in layers):
+        return batch
+    tensors = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
+    room = mapped_tensor((sum(one.numel() for one in tensors),), tensors[0].dtype, path)
+    with suppress(OSError):  # a system that keeps the files that are in use deletes it with its folder
+        path.unlink()
+    parts = room.split([one.numel() for one in tensors])
+    stored = [part.view(one.shape).copy_(one) for part, one in zip(parts, tensors, strict=True)]
+    cache: Any = clone(batch.cache)
+    for layer, keys, values in zip(cache.layers, stored[::2], stored[1::2], strict=True):
+        layer.keys, layer.values = keys, values
+    return replace(batch, cache=cache)
 
 
 def clone(cache: Any | None) -> Any | None:

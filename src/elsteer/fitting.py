@@ -86,8 +86,8 @@ def fit(
             )
         product = settings.training.energy == "product" and settings.training.refine_epochs > 0
         keep = settings.training.refine_memory if product and not settings.shuffle_outcomes else 0
-        train_caches = _caches(model, tokenizer, train_set, settings, keep_bytes=keep)
-        dev_caches, neutral_caches = (_caches(model, tokenizer, some, settings) for some in (dev_set, quiet))
+        train_caches = _caches(model, tokenizer, train_set, settings, run, keep_bytes=keep)
+        dev_caches, neutral_caches = (_caches(model, tokenizer, some, settings, run) for some in (dev_set, quiet))
         print_of = fingerprint(model, tokenizer, thinking=settings.collect.thinking)
         base_key = key_of(print_of.to_dict(), settings.collect.model_dump(), str(model.dtype))
         _write_inputs(run, settings, train_set, dev_set)
@@ -239,6 +239,7 @@ def _caches(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     settings: FitSettings,
+    run: RunFolder,
     keep_bytes: int = 4 << 30,
 ) -> PromptCaches:
     collect = settings.collect
@@ -251,6 +252,7 @@ def _caches(
         thinking=collect.thinking,
         room=max(collect.max_new_tokens, collect.state_tokens, settings.tuning.tokens, settings.tuning.quality_tokens),
         keep_bytes=keep_bytes,
+        folder=run.path,
     )
 
 

@@ -59,7 +59,9 @@ class TrainingSettings(_Settings):
         description="Blocks whose values of the prompt's tokens tell it too whether refusing is due; 0: the last token alone.",
     )
     refine_memory: int = Field(
-        6 << 30, gt=0, description="Bytes of prompt caches for it; of more prompts than fit, a sample is trained on."
+        6 << 30,
+        gt=0,
+        description="Bytes of prompt caches for it (on disk for a model on the CPU); of more prompts a sample is trained on.",
     )
     width: int = Field(128, ge=4, description="Network: width r of its first, linear operation.")
     hidden: tuple[int, ...] = Field((64,), description="Network: widths of the hidden layers after it.")

@@ -27,7 +27,7 @@ from elsteer.files import write_atomic
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["StateStore", "watch_states"]
+__all__ = ["StateStore", "mapped_tensor", "watch_states"]
 
 
 class StateStore:
@@ -87,7 +87,8 @@ class StateStore:
                         "folder and run the collection again."
                     )
                 if states is None:
-                    states = _room((len(ids), *block.shape[1:]), dtype, mapped)
+                    shape = (len(ids), *block.shape[1:])
+                    states = torch.zeros(shape, dtype=dtype) if mapped is None else mapped_tensor(shape, dtype, mapped)
                 to, by = torch.tensor(pairs).T
                 states[to] = block[by]
                 counts[to] = torch.from_numpy(file.get_tensor("counts"))[by].clamp_max(block.shape[1])
@@ -103,21 +104,20 @@ class StateStore:
         return places
 
 
-def _room(shape: tuple[int, ...], dtype: torch.dtype, mapped: Path | None) -> Tensor:
-    if mapped is None:
-        return torch.zeros(shape, dtype=dtype)
+def mapped_tensor(shape: tuple[int, ...], dtype: torch.dtype, path: Path) -> Tensor:
+    """An uninitialised tensor mapped from a new file at `path`. Raises RunError when the disk is full."""
     count = math.prod(shape)
     try:
-        with mapped.open("wb") as file:  # pages of a full disk would end the process: room is made first
+        with path.open("wb") as file:  # pages of a full disk would end the process: room is made first
             make = getattr(os, "posix_fallocate", None)  # not on macOS
             size = max(1, count * dtype.itemsize)
             file.truncate(size) if make is None else make(file.fileno(), 0, size)
     except OSError as error:
         raise RunError(
-            f"No space left on the disk for a file of {count * dtype.itemsize / 2**20:.1f} MiB in {mapped.parent} "
+            f"No space left on the disk for a file of {count * dtype.itemsize / 2**20:.1f} MiB in {path.parent} "
             f"({error.strerror}): free some and run the same command again to go on."
         ) from error
-    return torch.from_file(str(mapped), shared=True, size=count, dtype=dtype).view(shape)
+    return torch.from_file(str(path), shared=True, size=count, dtype=dtype).view(shape)
 
 
 @contextmanager

@@ -145,7 +145,7 @@ def test_prompt_caches_and_given_ends() -> None:
         assert known.sum() == len(batch.rows)
         with Steering(model, {LAYER: move}, window=1) as steering:
             out = decode(model, batch, max_new_tokens=4, end_ids=set(), steering=steering)
-            scored = score(model, batch, out.tokens, steering=steering)
+            scored = list(score(model, batch, out.tokens, steering=steering))
         for row, place in enumerate(batch.rows):
             ids = caches.ids[place]
             context = plain_context(model, ids)

@@ -112,12 +112,9 @@ def kl_to_plain(
     for batch in caches.batches():
         given = [answers[caches.prompts[place].id].tokens[:tokens] or [0] for place in batch.rows]
         key = tuple(batch.rows)
-        if plain is None:
-            before = score(caches.model, batch, given)
-        else:
-            if key not in plain:
-                plain[key] = [one.half() for one in score(caches.model, batch, given)]
-            before = [one.float() for one in plain[key]]
+        if plain is not None and key not in plain:
+            plain[key] = [one.half() for one in score(caches.model, batch, given)]
+        before = score(caches.model, batch, given) if plain is None else (one.float() for one in plain[key])
         after = score(caches.model, batch, given, steering=steering)
         for place, p, q in zip(batch.rows, before, after, strict=True):
             found[caches.prompts[place].id] = float(_kl(p, q))

@@ -321,13 +321,15 @@ class Steering:
                 assert self._end is not None
                 self._columns = self._prompt_columns(rows, self._end, inputs.device)
         else:
+            goes_on = self._given is None and width == 1 and self._starts is not None  # several tokens end a prompt
+            if goes_on and self.window == 0:
+                return
             position, real = positions(kwargs, rows, width, None, inputs.device)
             if self._given is not None:
                 self._starts = self._given[0].to(inputs.device) - 1
-            elif width > 1 or self._starts is None:  # several tokens end a prompt, one goes on
+            elif not goes_on:
                 self._starts = _last_real(position, real, self._starts)
-            elif self.window == 0:
-                return
+            assert self._starts is not None
             start = self._starts[:, None]
             active = real & (position >= start) & (position <= start + self.window)
             if self._reads:
