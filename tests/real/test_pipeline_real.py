@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from elsteer.completions import PromptCaches, complete
 from elsteer.demo import MODEL, fast_dtype
+from elsteer.energy.train import auroc
 from elsteer.errors import NothingHelps
 from elsteer.evaluation.evaluate import Evaluation, evaluate
 from elsteer.fitting import fit
+from elsteer.judges import RulesJudge
 from elsteer.landscape import Landscape
-from elsteer.models import encode_chat, left_pad, load
+from elsteer.models import decoder_blocks, encode_chat, left_pad, linear, load
 from elsteer.prompts import Prompt, load_starter, sample
 from elsteer.settings import FitSettings
+from elsteer.states import StateStore
 from elsteer.training import shuffled_control
 from pipelines import forward_passes, lines
 
@@ -198,6 +204,91 @@ def test_a_batch_equals_its_rows_alone(real: Real, landscape: Landscape) -> None
         together = first_logits(real, rows)
         alone = torch.cat([first_logits(real, [row]) for row in rows])
     assert float((together - alone).abs().max()) < 1e-4 * float(alone.abs().max())
+
+
+@contextlib.contextmanager
+def steered_by_autograd(model: PreTrainedModel, landscape: Landscape) -> Iterator[None]:
+    """Steering once more as its text says it: gradients of the energy on the state itself, the prompt's last token alone."""
+    rule, handles = landscape.rule, []
+
+    def hook(layer: int) -> Any:
+        named, guard = landscape.tensors[layer], landscape.guards[layer]
+        a, c, units = named["weight"][0], named["weight"][1], named["weight"][2:]
+
+        def steer(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            hidden = (args[0] if args else kwargs["hidden_states"]).clone()
+            if hidden.shape[1] == 1:
+                return None  # a generated token
+            with torch.inference_mode(False), torch.enable_grad():
+                state = hidden[0, -1].detach().clone()
+                length = rule.eta * float(named["length"]) * float(named["scale"]) * len(state) ** 0.5
+                for _ in range(rule.steps):
+                    state = state.detach().requires_grad_()
+                    x = (state - named["mean"]) / named["scale"]
+                    due = a @ x + named["bias"][0]
+                    due = due + named["bend"] @ torch.nn.functional.silu(units @ x + named["bias"][2:])
+                    v = c @ x + named["bias"][1]
+                    (slope,) = torch.autograd.grad(v, state)
+                    slope = slope - guard @ (guard.T @ slope)  # of v; u is held, so E's is -tanh(u) times that
+                    state = state + length * torch.tanh(due.detach()) * slope / slope.norm()
+            hidden[0, -1] = state.detach()
+            return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+        return steer
+
+    for layer in rule.layers:
+        handles.append(decoder_blocks(model)[layer].register_forward_pre_hook(hook(layer), with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def test_fast_and_plain_paths_agree(
+    real: Real, landscape: Landscape, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Verdicts, states and AUROC of everything that makes it fast, against prompt after prompt without any of it.
+
+    Fast: one prefix for all, batches by length, answers stopped once the verdict is sure, states from the same pass, turned
+    linear layers, caches in files and used again, the closed form. Plain: `generate`, a second pass for the states, autograd.
+    """
+    model, tokenizer = real
+    prompts, tokens, judge = [one for one in DEV if one.category != "plain"][16:28], 12, RulesJudge()
+    harmful = torch.tensor([one.harmful for one in prompts])
+    assert 3 < int(harmful.sum()) < 9
+    caches = PromptCaches(model, tokenizer, prompts, batch_size=8, folder=tmp_path)
+    store = StateStore(tmp_path / "states")
+    plain = complete(caches, judge, max_new_tokens=tokens, path=tmp_path / "plain.jsonl", states=store)
+    with landscape.attach(model, tokenizer=tokenizer) as steering:
+        steered = complete(caches, judge, max_new_tokens=tokens, steering=steering)
+    states = store.read([one.id for one in prompts])[0][:, 0]
+
+    monkeypatch.setattr(linear, "MOST_ROWS", 0)
+
+    def answer(ids: list[int]) -> str:
+        out = model.generate(torch.tensor([ids]), max_new_tokens=tokens, do_sample=False)[0, len(ids) :]
+        return str(tokenizer.decode(out, skip_special_tokens=True)).strip()
+
+    rows, slow = chats(tokenizer, prompts), []
+    for ids in rows:
+        with torch.inference_mode():
+            slow.append(torch.stack(model(torch.tensor([ids]), output_hidden_states=True).hidden_states[:-1])[:, 0, -1])
+    for fast_ones, way in ((plain, contextlib.nullcontext()), (steered, steered_by_autograd(model, landscape))):
+        with way:
+            wanted = [judge.judge(one.text, answer(ids)).label for one, ids in zip(prompts, rows, strict=True)]
+        assert [one.label for one in fast_ones] == wanted
+    assert {one.label for one in plain} == {"refusal", "compliance"}
+    assert [one.label for one in plain] != [one.label for one in steered] or landscape.rule.strength == 0
+    refused = torch.tensor([one.label == "refusal" for one in plain])
+    for layer in landscape.rule.layers:
+        exact = torch.stack(slow)[:, layer]
+        assert float((states[:, layer] - exact).norm() / exact.norm()) < 1e-4
+        for kind in (harmful, ~harmful):
+            found = [
+                auroc(landscape.energy(layer, of[kind])[:, None], refused[kind]) for of in (states[:, layer], exact)
+            ]
+            torch.testing.assert_close(*found, atol=0, rtol=0, equal_nan=True)
 
 
 def test_evaluation_rows_are_complete_and_paired(evaluation: Evaluation, run_dir: Path) -> None:
