@@ -39,6 +39,7 @@ def main() -> None:
     model, tokenizer = elsteer.load(MODEL, dtype=fast_dtype())
     train, dev = sample(load_starter("train"), TRAIN, 0), sample(load_starter("dev"), DEV, 0)
     ours: dict[str, float] = defaultdict(float)
+    memory: dict[str, float] = defaultdict(float)
     last = time.perf_counter()
 
     def progress(stage: str, done: int, total: int) -> None:
@@ -46,6 +47,8 @@ def main() -> None:
         now = time.perf_counter()
         ours[stage] += now - last
         last = now
+        memory[stage] = max(memory[stage], peak[0])
+        peak[0] = 0.0
 
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, peak_memory() as peak:
@@ -97,11 +100,15 @@ def main() -> None:
         ["straightforward", "seconds each", "times", "", "seconds"],
         [[name, f"{each:.2f}", times, what, f"{each * times:.0f}"] for name, (each, times, what) in plain.items()],
     )
-    show(["elsteer's fit", "seconds"], [[name, f"{value:.0f}"] for name, value in ours.items()])
+    show(
+        ["elsteer's fit", "seconds", "peak MiB"],
+        [[name, f"{value:.0f}", f"{memory[name]:.0f}"] for name, value in ours.items()],
+    )
     note = f"{TRAIN} training and {DEV} dev prompts, {len(trials)} trials; straightforward {total:.0f} s, ours {whole:.0f} s"
     found = [Figure("fit.ratio", total / whole, COMMAND, 0, MODEL, machine(), note=note)]
-    memory = f"anonymous pages beyond the model's; {note}"
-    found.append(Figure("fit.peak_memory_mib", peak[0], COMMAND, 0, MODEL, machine(), note=memory))
+    most = max(memory, key=lambda stage: memory[stage])
+    beyond = f"anonymous pages beyond the model's, while {most}; {note}"
+    found.append(Figure("fit.peak_memory_mib", memory[most], COMMAND, 0, MODEL, machine(), note=beyond))
     parts = {
         "answers": ("answering", "first tokens"),
         "training": ("training",),

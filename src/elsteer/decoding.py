@@ -42,7 +42,7 @@ __all__ = [
 _GROWING = (DynamicLayer, DynamicSlidingWindowLayer)  # layers whose update makes new tensors
 STEERED = "_elsteer_steering"  # the decoder's attribute that holds the handle attached to it
 
-LOGITS_BYTES = 1 << 28
+LOGITS_BYTES = 1 << 27
 TOKENS_PER_BATCH = 4096  # columns x rows of one prefill; keeps activations small on small machines
 
 
