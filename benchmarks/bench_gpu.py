@@ -9,8 +9,7 @@ Milliseconds per decoding step of 64 tokens, batches of 1 to 64, in turn (plain,
 - `eager`: `generate` with a dynamic cache;
 - `compiled`, `compiled_graphs`: `generate` with a static cache, compiled by inductor without and with CUDA graphs.
 Beside each stand the kernels of a step. In compiled code steering is switched by `disable` and `enable`, so neither side
-compiles again. Every figure is on disk as soon as it is measured, beside those of other runs on a GPU of the same name; --seconds
-ends the run before the next one once they are over.
+compiles again. Every figure is on disk as soon as it is measured; --seconds ends the run before the next one once they are over.
 
 Random weights take as long as real ones. Without a GPU it says so and exits 0. --tiny runs the same code on a small shape on
 whatever there is, to see that it works: nothing is written.
@@ -25,13 +24,13 @@ from collections.abc import Callable
 from statistics import median
 
 import torch
-from side_by_side import RESULTS, in_turn, keep, products, ratio, show
+from side_by_side import in_turn, keep, products, ratio, show
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, CompileConfig, LlamaConfig, PreTrainedModel, StaticCache
 
 from elsteer.energy.descent import Descent
-from elsteer.evaluation.figures import Figure, read_figures
+from elsteer.evaluation.figures import Figure
 from elsteer.steering import Steering
 
 COMMAND = "python benchmarks/bench_gpu.py"
@@ -44,7 +43,6 @@ TINY = LLAMA_8B | {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 12
 NAME = "random weights of Llama-3.1-8B's shape, bfloat16"
 LAYERS, NEW_TOKENS, PROMPT = 15, 64, 64
 EVERY = NEW_TOKENS
-KEPT = RESULTS / "gpu.json"
 GPU = torch.cuda.is_available()
 # name of the figure without the batch, way of running, window
 WAYS = (
@@ -198,7 +196,6 @@ def main() -> None:
     where = torch.cuda.get_device_name() if GPU else "CPU"
     model = random_model(TINY if options.tiny else LLAMA_8B, device)
     figures: list[Figure] = []
-    before = [one for one in read_figures(KEPT) if one.machine == where] if KEPT.exists() else []
     for name, way, window in WAYS:
         if options.ways and way not in options.ways:
             continue
@@ -224,8 +221,7 @@ def main() -> None:
             row += [f"{found.low:.4f} to {found.high:.4f}", *(launched or ["", ""])]
             show(["figure", "plain ms", "steered ms", "ratio", "spread", "kernels", ""], [row])
             if not options.tiny:
-                again = {one.name for one in figures}
-                keep("gpu", [*(one for one in before if one.name not in again), *figures])
+                keep("gpu", figures)
     if options.tiny:
         sys.stdout.write("A small shape: nothing is written.\n")
 

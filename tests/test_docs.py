@@ -19,6 +19,7 @@ import yaml
 import elsteer
 from elsteer.cli import app
 from elsteer.evaluation.evaluate import evaluate
+from elsteer.evaluation.figures import read_figures
 from elsteer.files import append_jsonl
 from elsteer.fitting import fit
 from elsteer.models import load
@@ -259,3 +260,17 @@ def test_the_readme_has_the_place_for_the_figures() -> None:
     page = text_of("README.md")
     assert page.count("<!-- figures:begin -->") == page.count("<!-- figures:end -->") == 1
     assert page.index("<!-- figures:begin -->") < page.index("<!-- figures:end -->")
+
+
+def test_figures_of_the_performance_page_are_those_of_the_results() -> None:
+    """A row `| ... | `name` | value ... |` says a figure as its file has it, to the digits that it shows."""
+    files = [*sorted((ROOT / "results/bench").glob("*.json")), ROOT / "results/main.json"]
+    known = {one.name: one for file in files for one in read_figures(file)}
+    rows = re.findall(
+        r"\| `([a-z][\w.]+)` \| ([\d.]+)(?: \(([\d.]+) to ([\d.]+)\))? \|$", text_of("docs/performance.md"), re.M
+    )
+    assert len(rows) >= 10
+    for name, *shown in rows:
+        figure = known[name]
+        for number, text in zip((figure.value, figure.low, figure.high), shown, strict=True):
+            assert not text or f"{number:.{len(text.partition('.')[2])}f}" == text, (name, number, text)

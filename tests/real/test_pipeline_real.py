@@ -265,6 +265,7 @@ def test_fast_and_plain_paths_agree(
     states = store.read([one.id for one in prompts])[0][:, 0]
 
     monkeypatch.setattr(linear, "MOST_ROWS", 0)
+    monkeypatch.setattr(linear, "MOST_ROWS_WIDE", 0)
 
     def answer(ids: list[int]) -> str:
         out = model.generate(torch.tensor([ids]), max_new_tokens=tokens, do_sample=False)[0, len(ids) :]
