@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from elsteer.prompts.read import is_hub_id, prompts_from_rows, read_prompts
 from elsteer.prompts.split import sample
 from elsteer.prompts.suite_table import SUITES, Suite
 
-__all__ = ["held", "load_suite", "suite_name"]
+__all__ = ["held", "load_suite", "suite_name", "unknown_suite"]
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +77,13 @@ def held(suite: Suite, data_dir: str | Path | None = None) -> int | None:
     return sum(counts) if all(counts) else None
 
 
+def unknown_suite(name: str, known: Sequence[str] = tuple(SUITES)) -> str:
+    """The sentence that there is no suite `name`, with the closest of the known names and all of them."""
+    close = difflib.get_close_matches(name.lower().replace("_", "-"), known, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"There is no suite {name!r}: {hint}Known are {', '.join(known)}, and any file of prompts."
+
+
 def _parted(name: str) -> tuple[str, str]:
     """The suite or file and the family of attacks; the latter empty where there is none."""
     base, plus, family = name.rpartition("+")
@@ -89,13 +96,7 @@ def _unattacked(name: str, folder: Path | None) -> list[Prompt]:
         return [prompt for part in SUITES[name].parts or (name,) for prompt in _load(SUITES[part], folder)]
     if name.lower().endswith(SUFFIXES) or Path(name).is_file() or is_hub_id(name):
         return read_prompts(name)
-    raise PromptError(_unknown(name))
-
-
-def _unknown(name: str) -> str:
-    close = difflib.get_close_matches(name.lower().replace("_", "-"), SUITES, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"There is no suite {name!r}: {hint}Known are {', '.join(SUITES)}, and any file of prompts."
+    raise PromptError(unknown_suite(name))
 
 
 def _local(suite: Suite, folder: Path | None) -> list[Prompt]:
