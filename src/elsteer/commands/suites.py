@@ -93,7 +93,7 @@ def _suite(suite: Suite, count: int | None) -> dict[str, str]:
         "licence": suite.licence,
         "source": suite.url,
         "read from": _place(suite, count),
-        "on the hub": f"{some.hub}, revision {some.revision or 'not pinned'}" if some.hub else "no",
+        "on the hub": f"{some.hub}, revision {some.revision or 'not pinned'}" if some.hub else "",
         "access": f"ask on https://huggingface.co/datasets/{some.hub}, then hf auth login" if some.gated else "",
         "in a data folder": ", ".join(files) if not some.starter else "",
     }
