@@ -32,9 +32,9 @@ from elsteer.training import train_energies
 
 COMMAND = "python benchmarks/bench_scale.py"
 POINTS = {
-    "prompts": [(count, 8, 896) for count in (128, 1024, 8192, 32_768, 100_000)],
-    "layers": [(1024, count, 896) for count in (4, 8, 16, 32, 64)],
-    "hidden": [(1024, 8, count) for count in (512, 1024, 2048, 4096)],
+    "prompts": [(count, 8, 896) for count in (128, 1024, 8192, 100_000)],
+    "layers": [(1024, count, 896) for count in (8, 24, 64)],
+    "hidden": [(1024, 8, count) for count in (512, 2048, 8192)],
 }
 SHARD = 64
 

@@ -63,7 +63,7 @@ def paper_layer(states: Tensor, good: Tensor, epochs: int) -> PaperEnergy:
 def main() -> None:
     settings = {
         "product": TrainingSettings(),
-        "network": TrainingSettings(energy="network", epochs=20, patience=20),
+        "network": TrainingSettings(energy="network", epochs=10, patience=10),
     }
     table, figures = [], []
     states, outcomes = synthetic(1)
