@@ -23,6 +23,7 @@ from elsteer.evaluation.figures import read_figures
 from elsteer.files import append_jsonl
 from elsteer.fitting import fit
 from elsteer.models import load
+from elsteer.prompts import FAMILIES, SUITES
 from elsteer.settings import FitSettings
 from elsteer.tuning import Trial
 from landscapes import tiny_landscape
@@ -169,6 +170,26 @@ def test_settings_in_the_tuning_page_have_the_defaults_that_it_says() -> None:
         f"Tuning tries {settings.windows[0]} by default (`windows`)",
     ):
         assert words in algorithm, words
+
+
+def test_the_tables_of_suites_and_attacks_are_those_of_the_code() -> None:
+    rows = {row[1]: row[0] for row in re.findall(r"^(\| \[`([\w-]+)`\].*)$", text_of("docs/suites.md"), re.MULTILINE)}
+    read = {name for name, suite in SUITES.items() if not suite.parts and not suite.starter}
+    assert set(rows) == read | set(FAMILIES)
+    for name in read:
+        suite = SUITES[name]
+        revision = f"`{suite.revision}`" if suite.revision else "newest" if suite.hub else ""
+        hub = f"`{suite.hub}`" if suite.hub else "not there"
+        count = f"{suite.rows:,}" if suite.rows else ""
+        answer = "by row" if suite.harmful is None else "refusal" if suite.harmful else "help"
+        cells = [cell.strip() for cell in rows[name].strip("|").split("|")]
+        assert cells[0] == f"[`{name}`]({suite.url})"
+        assert (cells[1], cells[2], cells[4], cells[5]) == (count, answer, revision, suite.licence), name
+        assert hub in cells[3]
+        assert ("(gated)" in cells[3]) == suite.gated
+    for name, family in FAMILIES.items():
+        use = "fitting, reporting" if family.use == "train" else "reporting only"
+        assert rows[name] == f"| [`{name}`]({family.url}) | {family.description} | {use} |"
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if blocks(name, "yaml")])

@@ -508,6 +508,22 @@ def test_without_dev_prompts_a_share_is_set_aside_and_no_family_is_on_both_sides
     assert len(rows) == len(families)
 
 
+def test_harmful_training_prompts_are_attacked_too_and_no_dev_prompt_is(tiny: Tiny, tmp_path: Path) -> None:
+    settings = tiny_settings(attacks=["role-play", "authority"], attack_share=0.5, tuning=HELPS)
+    landscape = fitted(tiny, tmp_path, settings=settings)
+    rows = rows_of(tmp_path / "prompts.jsonl")
+    train, dev = ([row for row in rows if row["split"] == name] for name in ("train", "dev"))
+    copies = [row for row in train if "+" in row["source"]]
+    direct = [row for row in train if "+" not in row["source"]]
+    assert len(copies) == round(sum(row["harmful"] for row in direct) / 2) > 10
+    assert {row["source"] for row in copies} == {"test+role-play", "test+authority"}
+    assert {row["family"] for row in copies} <= {row["family"] for row in direct}
+    assert not any("+" in row["source"] for row in dev)
+    answered = {row["prompt_id"] for row in rows_of(tmp_path / "completions.jsonl")}
+    assert {row["id"] for row in copies} <= answered
+    assert landscape.provenance["settings"]["attacks"] == ["role-play", "authority"]
+
+
 def test_limits_draw_by_seed(tiny: Tiny, tmp_path: Path) -> None:
     with contextlib.suppress(NothingHelps):
         fitted(tiny, tmp_path, prompts=some_prompts(160), settings=tiny_settings(limit=80, dev_limit=30, tuning=HELPS))

@@ -9,6 +9,7 @@ from elsteer.commands.look import chat, inspect, push
 from elsteer.commands.models import judge, models
 from elsteer.commands.shared import debug_option
 from elsteer.commands.stages import demo, evaluate, fit
+from elsteer.commands.suites import suites
 from elsteer.console import Application
 
 __all__ = ["app", "main"]
@@ -29,7 +30,7 @@ def app() -> None:
     """
 
 
-for command in (demo, fit, evaluate, inspect, chat, push, models, judge):
+for command in (demo, fit, evaluate, inspect, chat, push, models, judge, suites):
     app.add_command(command)
 
 

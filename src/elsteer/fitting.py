@@ -37,6 +37,7 @@ from elsteer.prompts import (
     require_both_classes,
     sample,
     split_prompts,
+    with_attacks,
     without_near_duplicates,
 )
 from elsteer.run import RunFolder, key_of, told_apart
@@ -166,6 +167,8 @@ def _divide(
         train_set = sample(train_set, settings.limit, settings.seed)
     if settings.dev_limit is not None:
         dev_set = sample(dev_set, settings.dev_limit, settings.seed)
+    if settings.attacks:
+        train_set = with_attacks(train_set, settings.attacks, share=settings.attack_share, seed=settings.seed)
     require_both_classes(train_set, "the training prompts")
     require_both_classes(dev_set, "the dev prompts")
     return train_set, dev_set

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 __all__ = ["CollectSettings", "FitSettings", "TrainingSettings", "TuningSettings"]
 
@@ -147,7 +147,24 @@ class FitSettings(_Settings):
         None, ge=16, description="Training prompts at most, drawn by seed and balanced over sources."
     )
     dev_limit: int | None = Field(None, ge=16, description="Dev prompts at most.")
+    attacks: tuple[str, ...] = Field(
+        (), description="Families of jailbreaks that harmful training prompts are put in as well (`elsteer suites`)."
+    )
+    attack_share: float = Field(0.5, gt=0, le=1, description="Share of the harmful training prompts that are.")
     shuffle_outcomes: bool = Field(False, description="Negative control: train on outcomes shuffled among the prompts.")
     collect: CollectSettings = CollectSettings()
     training: TrainingSettings = TrainingSettings()
     tuning: TuningSettings = TuningSettings()
+
+    @field_validator("attacks")
+    @classmethod
+    def _may_be_fitted_on(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if names:
+            from elsteer.prompts.attacks import fitting_families  # not for every --help
+
+            known = fitting_families()
+            if unfit := [name for name in names if name not in known]:
+                raise ValueError(
+                    f"some of {', '.join(known)}: {unfit[0]} is no family of attacks that may be fitted on"
+                )
+        return names

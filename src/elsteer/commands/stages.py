@@ -140,7 +140,12 @@ def fit(
 @click.command()
 @click.argument("landscape")
 @click.option(
-    "--suite", "suites", multiple=True, required=True, help="Name of a benchmark, or a file; may be repeated."
+    "--suite",
+    "suites",
+    multiple=True,
+    required=True,
+    metavar="NAME",
+    help="A benchmark (see elsteer suites) or a file; with +ATTACK its harmful prompts under attack; may be repeated.",
 )
 @click.option("--data-dir", type=FILE, help="Folder that holds the benchmarks. [default: $ELSTEER_DATA, else the hub]")
 @click.option("--limit", type=click.IntRange(min=1), help="Prompts of each suite at most, drawn by seed.")
@@ -184,6 +189,7 @@ def evaluate(
     \b
     Example:  elsteer evaluate runs/demo/landscape --suite starter --limit 100
     Example:  elsteer evaluate runs/demo/landscape --suite xstest --suite mine.jsonl --method random
+    Example:  elsteer evaluate runs/demo/landscape --suite harmbench --suite harmbench+past-tense
     """
     from elsteer import show
     from elsteer.judges import get_judge

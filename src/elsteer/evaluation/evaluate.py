@@ -34,7 +34,7 @@ from elsteer.files import write_atomic, write_json
 from elsteer.judges import Judge, get_judge, outcome_of
 from elsteer.landscape import Landscape
 from elsteer.models import decoder_blocks
-from elsteer.prompts import Prompt, load_suite
+from elsteer.prompts import Prompt, load_suite, suite_name
 from elsteer.run import RunFolder, key_of, told_apart, without_nan
 from elsteer.states import watch_states
 
@@ -117,7 +117,7 @@ def evaluate(
     landscapes = _named(methods)
     if not suites:
         raise PromptError("Give at least one suite to evaluate on, such as 'starter', or a file of prompts.")
-    names = [Path(name).stem for name in suites]
+    names = [suite_name(name) for name in suites]
     if twice := [name for name in names if names.count(name) > 1]:
         raise PromptError(f"Two suites are called {twice[0]!r}: give each once, or rename a file.")
     with run.owned():

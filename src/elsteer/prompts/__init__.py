@@ -1,5 +1,7 @@
-"""Prompt sets: reading, checking, splitting without leakage, the starter prompts and the named benchmarks."""
+"""Prompt sets: reading, checking, splitting without leakage, the starter prompts and the named benchmarks and jailbreaks."""
 
+from elsteer.prompts.attack_table import FAMILIES, AttackFamily
+from elsteer.prompts.attacks import attacked, with_attacks
 from elsteer.prompts.prompt import Prompt
 from elsteer.prompts.read import MAX_CHARS, read_prompts
 from elsteer.prompts.split import (
@@ -12,13 +14,17 @@ from elsteer.prompts.split import (
     without_near_duplicates,
 )
 from elsteer.prompts.starter import load_starter
-from elsteer.prompts.suites import SUITES, Suite, load_suite
+from elsteer.prompts.suite_table import SUITES, Suite
+from elsteer.prompts.suites import load_suite, suite_name
 
 __all__ = [
+    "FAMILIES",
     "MAX_CHARS",
     "SUITES",
+    "AttackFamily",
     "Prompt",
     "Suite",
+    "attacked",
     "deduplicate",
     "group_near_duplicates",
     "load_starter",
@@ -28,5 +34,7 @@ __all__ = [
     "require_both_classes",
     "sample",
     "split_prompts",
+    "suite_name",
+    "with_attacks",
     "without_near_duplicates",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 from elsteer.errors import PromptError
@@ -52,9 +53,12 @@ def _http_errors() -> tuple[type[Exception], ...]:
     return tuple(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception))
 
 
-def hub_rows(hub_id: str, *, config: str | None, split: str, revision: str | None) -> list[PlacedRow]:
+def hub_rows(
+    hub_id: str, *, config: str | None, split: str, revision: str | None, options: Mapping[str, Any] | None = None
+) -> list[PlacedRow]:
     """All rows of one split of a hub data set, read by the `datasets` library (which caches them).
 
+    options: more arguments of its reader, such as {"delimiter": "\\t"}.
     Raises HubError if the hub does not answer, or the data set, its configuration or its split is missing or gated.
     """
     from huggingface_hub import constants
@@ -70,7 +74,7 @@ def hub_rows(hub_id: str, *, config: str | None, split: str, revision: str | Non
 
     expected: tuple[type[Exception], ...] = (DatasetsError, *_http_errors(), OSError, ValueError)
     try:
-        data = load_dataset(hub_id, config, split=split, revision=revision)
+        data = load_dataset(hub_id, config, split=split, revision=revision, **(options or {}))
     except expected as error:
         raise _explain(error, hub_id, split) from error
     rows: list[dict[str, Any]] = data.to_list()
