@@ -19,13 +19,12 @@ from statistics import median
 
 import torch
 from side_by_side import keep, products, show
-from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import PreTrainedModel
 
 import elsteer
 from elsteer.demo import MODEL, fast_dtype
 from elsteer.evaluation.figures import Figure, machine
-from elsteer.evaluation.statistics import Interval
+from elsteer.evaluation.overhead import decode_times, time_ratio
 from elsteer.landscape import Landscape, SteeringRule
 from elsteer.models import fingerprint, hidden_size, left_pad, num_layers
 from elsteer.models.chat import encode_chat
@@ -42,45 +41,6 @@ def stand_in(model: PreTrainedModel, print_of: elsteer.models.Fingerprint, layer
     tensors, guards = ({layer: found[at] for layer, found in made.items()} for at in (0, 1))
     rule = SteeringRule(layers=tuple(made), eta=1e-4 / math.sqrt(size), steps=1, window=0)
     return Landscape(rule, tensors, guards, print_of)
-
-
-class Answer:
-    """Greedy answers to the prompts ids (B, P) with mask (B, P), a token of each per `step`."""
-
-    def __init__(self, model: PreTrainedModel, ids: Tensor, mask: Tensor, tokens: int, static: bool) -> None:
-        self.model, self.ids, self.mask = model, ids, mask
-        room = ids.shape[1] + tokens
-        self.cache = StaticCache(config=model.config, max_cache_len=room) if static else DynamicCache()
-
-    def step(self) -> float:
-        """Seconds of the pass that makes the next token."""
-        positions = (self.mask.cumsum(dim=1) - 1).clamp_min(0)[:, -self.ids.shape[1] :]
-        start = time.perf_counter()
-        said = self.model(
-            input_ids=self.ids, attention_mask=self.mask, position_ids=positions, past_key_values=self.cache,
-            use_cache=True, logits_to_keep=1,
-        )  # fmt: skip
-        self.ids = said.logits[:, -1].argmax(dim=-1, keepdim=True)
-        spent = time.perf_counter() - start
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
-        return spent
-
-
-def of_sides(plain: Tensor, steered: Tensor) -> Interval:
-    """Ratio of steered to plain times of whole answers, of times (repeats, tokens), with its bootstrap interval."""
-    first, rest = ((steered[:, part] / plain[:, part]).log().flatten() for part in (slice(1), slice(1, None)))
-    share = float(plain[:, 0].median() / (plain[:, 0].median() + (plain.shape[1] - 1) * plain[:, 1:].median()))
-
-    def value(first: Tensor, rest: Tensor) -> float:
-        return share * float(first.median().exp()) + (1 - share) * float(rest.median().exp())
-
-    generator = torch.Generator().manual_seed(0)
-    drawn = [
-        value(*(part[torch.randint(len(part), (len(part),), generator=generator)] for part in (first, rest)))
-        for _ in range(2000)
-    ]
-    low, high = torch.tensor(drawn).quantile(torch.tensor([0.025, 0.975])).tolist()
-    return Interval.around(value(first, rest), low, high, plain.numel())
 
 
 def main() -> None:
@@ -100,19 +60,10 @@ def main() -> None:
         ids, mask = left_pad(prompts[:rows], tokenizer.pad_token_id)
         ids, mask, repeats = ids.to(model.device), mask.to(model.device), options.repeats
         start = time.perf_counter()
-        with landscape.attach(model, tokenizer=tokenizer) as steering, torch.inference_mode():
+        with landscape.attach(model, tokenizer=tokenizer) as steering:
             attached.append(time.perf_counter() - start)
-            sides = {"plain": steering.disable, "steered": steering.enable}
-            times = {side: torch.zeros(1 + repeats, tokens) for side in sides}
-            for turn in range(1 + repeats):
-                answers = {side: Answer(model, ids, mask, tokens, static) for side in sides}
-                for at in range(tokens):
-                    for side in sorted(sides, reverse=bool((turn + at) % 2)):
-                        sides[side]()
-                        with steering.prompts(mask.sum(dim=1)):
-                            times[side][turn, at] = answers[side].step()
-        plain, steered = (times[side][1:] for side in sides)  # the first turn warms up
-        found = of_sides(plain, steered)
+            plain, steered = decode_times(model, steering, ids, mask, tokens=tokens, repeats=repeats, static=static)
+        found = time_ratio(plain, steered)
         speeds = [rows * tokens / float(side.median(dim=0).values.sum()) for side in (plain, steered)]
         table.append(
             [name, len(landscape.rule.layers), rows, *(f"{speed:.1f}" for speed in speeds), f"{found.value:.4f}",

@@ -157,7 +157,7 @@ def main() -> int:
             seed,
             MODEL,
             machine(),
-            note="64 tokens, batch 8; ratio of medians, least and greatest ratio of neighbouring runs",
+            note="64 tokens, batch 8, plain and steered in lockstep; 95% bootstrap",
         )
     )
     figures += judge_figures(data, command, seed)

@@ -55,7 +55,7 @@ def test_the_demo_fits_measures_and_says_what_it_cost(tmp_path: Path) -> None:
     assert found.decode_overhead is not None
     assert found.decode_overhead.low <= found.decode_overhead.value <= found.decode_overhead.high
     assert found.evaluation.report.read_text().count("data:image/png;base64,") == 3  # with the frontier
-    assert json.loads((tmp_path / "run/evaluation/overhead.json").read_text())["n"] == 3
+    assert json.loads((tmp_path / "run/evaluation/overhead.json").read_text())["n"] == 2 * 32
 
 
 def test_the_second_demo_ends_quickly_and_computes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +112,7 @@ def test_another_rule_or_model_is_timed_anew(tmp_path: Path, monkeypatch: pytest
     for _ in range(2):
         found = module._overhead(*tiny, landscape, tmp_path, None)
     assert len(timed) == 1
-    assert found.n == 1
+    assert found.n == 2
     module._overhead(*tiny, landscape.with_rule(window=2), tmp_path, None)
     module._overhead(*other, tiny_landscape(other[0]), tmp_path, None)
     assert len(timed) == 3
@@ -128,9 +128,9 @@ def test_timing_leaves_the_model_plain(monkeypatch: pytest.MonkeyPatch) -> None:
         repeats=2,
         progress=lambda done, total: heard.append((done, total)),
     )
-    assert found.n == 2
+    assert found.n == 4
     assert found.value > 0
-    assert heard == [(0, 2), (1, 2), (2, 2)]
+    assert heard == [(0, 2), (0, 2), (1, 2), (2, 2)]
     with tiny_landscape(tiny[0]).attach(tiny[0]):
         pass  # it may be attached again
 

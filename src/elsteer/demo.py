@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from elsteer.completions import PromptCaches
 from elsteer.errors import NothingHelps
 from elsteer.evaluation.evaluate import Evaluation, evaluate
+from elsteer.evaluation.overhead import decode_times, time_ratio
 from elsteer.evaluation.statistics import Interval
 from elsteer.files import write_json
 from elsteer.fitting import fit
@@ -149,46 +150,16 @@ def decode_overhead(
     *,
     rows: int = 8,
     new_tokens: int = 64,
-    repeats: int = 3,
+    repeats: int = 2,
     progress: Callable[[int, int], None] | None = None,
 ) -> Interval:
-    """Time of `generate` steered over plain, batch of `rows`, measured side by side (plain, steered, plain, ...).
-
-    The value is the ratio of the medians; low and high are the least and the greatest ratio of neighbouring runs.
-    """
+    """Time of decoding steered over plain, batch of `rows`, in lockstep (`elsteer.evaluation.overhead`)."""
     prompts = [one for one in load_starter("test") if one.category == "plain"][:rows]
     caches = PromptCaches(model, tokenizer, prompts)
-    pad = tokenizer.pad_token_id
-    inputs, mask = (part.to(model.device) for part in left_pad(caches.ids, pad))
-
-    def seconds() -> float:
-        start = time.perf_counter()
-        with torch.inference_mode():
-            model.generate(
-                input_ids=inputs,
-                attention_mask=mask,
-                do_sample=False,
-                min_new_tokens=new_tokens,
-                max_new_tokens=new_tokens,
-                pad_token_id=pad,
-            )
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    times: dict[str, list[float]] = {"plain": [], "steered": []}
-    seconds()  # warm up
-    for number in range(repeats):
-        if progress is not None:
-            progress(number, repeats)
-        times["plain"].append(seconds())
-        with landscape.attach(model, tokenizer=tokenizer):
-            times["steered"].append(seconds())
-    if progress is not None:
-        progress(repeats, repeats)
-    ratios = [after / before for before, after in zip(times["plain"], times["steered"], strict=True)]
-    middle = sorted(times["steered"])[repeats // 2] / sorted(times["plain"])[repeats // 2]
-    return Interval(middle, min(*ratios, middle), max(*ratios, middle), repeats)
+    ids, mask = (part.to(model.device) for part in left_pad(caches.ids, tokenizer.pad_token_id))
+    with landscape.attach(model, tokenizer=tokenizer) as steering:
+        times = decode_times(model, steering, ids, mask, tokens=new_tokens, repeats=repeats, progress=progress)
+    return time_ratio(*times)
 
 
 def _overhead(

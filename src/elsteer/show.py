@@ -234,7 +234,7 @@ def overhead(found: Interval | None) -> str:
         return "Decode overhead: not measured."
     return (
         f"Decode overhead: steered decoding takes {found.value:.3f} times the plain time "
-        f"({found.low:.3f} to {found.high:.3f} in {found.n} runs)."
+        f"({found.low:.3f} to {found.high:.3f}, {found.n} passes of each)."
     )
 
 
