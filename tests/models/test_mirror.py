@@ -270,3 +270,19 @@ def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatc
     assert elsteer_cache() == Path("/xdg/elsteer")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert elsteer_cache() == Path.home() / ".cache" / "elsteer"
+
+
+def test_progress_does_not_mind_what_pip_moves_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pip deletes its temporary folders while their size is told."""
+    (tmp_path / "kept").write_bytes(b"12345")
+    (tmp_path / "pip-download-1").mkdir()
+    (tmp_path / "pip-download-1/part").write_bytes(b"123")
+    scandir = os.scandir
+
+    def gone(path: str | Path) -> object:
+        if "pip-download" in str(path):
+            shutil.rmtree(path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", gone)
+    assert mirror._bytes_under(tmp_path) == 5

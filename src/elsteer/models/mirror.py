@@ -18,6 +18,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -187,11 +188,10 @@ def _download(part: Part, wheel: Path, temporary: Path, advance: Callable[[int],
 
 def _bytes_under(folder: Path) -> int:
     total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_size if path.is_file() else 0
-        except FileNotFoundError:  # pip moved it meanwhile
-            continue
+    for parent, _, names in os.walk(folder):  # unlike rglob, it skips a folder that pip has deleted meanwhile
+        for name in names:
+            with suppress(FileNotFoundError):  # or a file that it has moved
+                total += (Path(parent) / name).stat().st_size
     return total
 
 
