@@ -49,6 +49,11 @@ class TrainingSettings(_Settings):
     refine_units: int = Field(
         64, ge=0, description="Hidden units that training through the model gives to whether refusing is due."
     )
+    refine_sharpness: float = Field(
+        8.0,
+        ge=0,
+        description="Product: how sharply a step ends where the model does what is due already; 0: it does not.",
+    )
     refine_due: bool = Field(
         False,
         description="Let training through the model change what tells whether refusing is due, beyond its offset.",

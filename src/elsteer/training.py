@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from elsteer.completions import Completion, read_completions
+from elsteer.energy.product import verdict_means
 from elsteer.energy.refine import SteeredProducts
 from elsteer.energy.train import harm_direction, train
 from elsteer.errors import RunError
@@ -144,7 +145,6 @@ def _refined(
     """`energies`, all of neighbouring blocks, trained through the model."""
     band = sorted(energies.tensors)
     harm = {layer: energies.guards[layer][:, 0] for layer in band}
-    products = SteeredProducts(energies.tensors, harm)
     blocks = slice(band[0], band[-1] + 1)
     store, ids = StateStore(run / "states"), [one.id for one in prompts]
     harmful = torch.tensor([one.harmful for one in prompts])
@@ -152,6 +152,12 @@ def _refined(
     refused = torch.tensor([one.label == "refusal" for one in completions])
     with TemporaryDirectory(dir=run.path) as folder:
         states = store.read(ids, tokens=1, layers=blocks, mapped=Path(folder) / "states")[0][:, 0]
+        products = SteeredProducts(
+            energies.tensors,
+            harm,
+            sides=_sides(energies.tensors, states, harmful, refused, scored),
+            sharpness=settings.training.refine_sharpness,
+        )
         places = None
         if looked := min(settings.training.context_blocks, band[0]):
             contexts, known = through.contexts(range(band[0], band[-1] + 1), looked)
@@ -164,6 +170,17 @@ def _refined(
         tensors = products.tensors(states, harmful, refused, scored)
     guards = {layer: _guard(harm[layer], tensors[layer]) for layer in band}
     return dataclasses.replace(energies, tensors=tensors, guards=guards)
+
+
+def _sides(
+    tensors: dict[int, dict[str, Tensor]], states: Tensor, harmful: Tensor, refused: Tensor, scored: Tensor
+) -> Tensor:
+    """(L, 2, d): means of the answered and of the refused states (n, L, d), standardised, by layer."""
+    found = []
+    for at, layer in enumerate(sorted(tensors)):
+        mean, scale = tensors[layer]["mean"].double(), tensors[layer]["scale"].double()
+        found.append((verdict_means(states[:, at], harmful, refused, scored) - mean) / scale)
+    return torch.stack(found)
 
 
 def _train(

@@ -33,7 +33,7 @@ def fitted(**rest: float) -> ProductEnergies:
     return models
 
 
-def drawn(size: int, seed: int, units: int = 0) -> dict[str, Tensor]:
+def drawn(size: int, seed: int, units: int = 0, sharpness: float = 0.0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     tensors = {
         "weight": torch.randn(2 + units, size, generator=generator) / size**0.5,
@@ -41,6 +41,8 @@ def drawn(size: int, seed: int, units: int = 0) -> dict[str, Tensor]:
         "mean": torch.randn(size, generator=generator),
         "scale": torch.tensor(1.7),
     }
+    if sharpness:
+        tensors["sharpness"] = torch.tensor(sharpness)
     return tensors | ({"bend": torch.randn(units, generator=generator)} if units else {})
 
 
@@ -51,7 +53,7 @@ def guard_of(tensors: dict[str, Tensor], seed: int) -> Tensor:
 def by_autograd(tensors: dict[str, Tensor], states: Tensor, eta: float, steps: int, guard: Tensor | None) -> Tensor:
     """Gradient steps on the states in float64, E written out: each divided by the greater of |P grad E| and |P W'_v|.
 
-    With a guard, u is held.
+    With a guard, u is held, and each is divided by |P W'_v|.
     """
     one = {name: tensor.double() for name, tensor in tensors.items()}
     h = states.double()
@@ -68,8 +70,11 @@ def by_autograd(tensors: dict[str, Tensor], states: Tensor, eta: float, steps: i
         if "bend" in one:
             u = u + (z[:, 2:] * torch.sigmoid(z[:, 2:])) @ one["bend"]
         energy = -torch.tanh(u if guard is None else u.detach()) * z[:, 1]
+        if "sharpness" in one:
+            energy = 2 * torch.log1p(torch.exp(one["sharpness"] * energy)) / one["sharpness"]
         gradient = torch.autograd.grad(energy.sum(), h)[0] @ keep
-        h = h - length * gradient / torch.maximum(gradient.norm(dim=1, keepdim=True), reach)
+        longest = torch.zeros(1) if guard is not None else gradient.norm(dim=1, keepdim=True)
+        h = h - length * gradient / torch.maximum(longest, reach)
     return (h - states.double()).detach().float()
 
 
@@ -120,24 +125,31 @@ def test_states_that_are_all_the_same_give_no_nan() -> None:
     assert bool(torch.isfinite(delta).all())
 
 
-@given(st.integers(4, 40), st.integers(0, 5), st.integers(0, 2**16))
+@given(st.integers(4, 40), st.integers(0, 5), st.sampled_from([0.0, 0.5, 8.0]), st.integers(0, 2**16))
 @settings(max_examples=40, deadline=None, derandomize=True)
-def test_slope_is_the_gradient_of_the_energy(size: int, units: int, seed: int) -> None:
-    tensors = drawn(size, seed, units)
+def test_slope_is_the_gradient_of_the_energy(size: int, units: int, sharpness: float, seed: int) -> None:
+    tensors = drawn(size, seed, units, sharpness)
     z = torch.randn(7, 2 + units, generator=torch.Generator().manual_seed(seed), requires_grad=True)
     energy, slope = slope_of(tensors, z)
     (wanted,) = torch.autograd.grad(energy_of(tensors, z).sum(), z)
     torch.testing.assert_close(energy, energy_of(tensors, z))
     torch.testing.assert_close(slope, wanted)
-    torch.testing.assert_close(held_slope(z, tensors.get("bend")), wanted[:, 1:2])
+    torch.testing.assert_close(held_slope(z, tensors.get("bend"), tensors.get("sharpness")), wanted[:, 1:2])
 
 
-@given(st.integers(6, 300), st.integers(0, 6), st.booleans(), st.integers(1, 4), st.integers(0, 2**16))
+@given(
+    st.integers(6, 300),
+    st.integers(0, 6),
+    st.sampled_from([0.0, 2.0]),
+    st.booleans(),
+    st.integers(1, 4),
+    st.integers(0, 2**16),
+)
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_descent_equals_gradient_steps_on_the_states(
-    size: int, units: int, guarded: bool, steps: int, seed: int
+    size: int, units: int, sharpness: float, guarded: bool, steps: int, seed: int
 ) -> None:
-    tensors = drawn(size, seed, units)
+    tensors = drawn(size, seed, units, sharpness)
     guard = guard_of(tensors, seed) if guarded else None
     states = tensors["mean"] + 1.7 * torch.randn(6, size, generator=torch.Generator().manual_seed(seed + 1))
     found = Descent(tensors, eta=0.05, steps=steps, guard=guard).delta(states)
@@ -158,10 +170,25 @@ def test_the_guarded_step_moves_towards_what_is_due_and_less_in_doubt() -> None:
     torch.testing.assert_close(delta.norm(dim=1), 0.1 * 1.7 * 32**0.5 * torch.tanh(u).abs(), rtol=1e-4, atol=1e-6)
 
 
+def test_a_sharp_step_is_long_where_the_model_is_wrong_and_short_where_it_is_right() -> None:
+    tensors = drawn(2, 0, sharpness=8.0) | {"mean": torch.zeros(2), "scale": torch.tensor(1.0), "bias": torch.zeros(2)}
+    tensors["weight"] = torch.eye(2)  # u and v are the two coordinates
+    guard = torch.tensor([[1.0], [0.0]])
+    # harmful and answered, harmful and refused, benign and refused, benign and answered, harmful and between the two
+    states = torch.tensor([[3.0, -0.5], [3.0, 0.5], [-3.0, 0.5], [-3.0, -0.5], [3.0, 0.0]])
+    delta = Descent(tensors, eta=0.1, steps=1, guard=guard).delta(states)[:, 1] / (0.1 * 2**0.5)
+    t = torch.tanh(torch.tensor(3.0))
+    share = 2 / (1 + torch.exp(torch.tensor([-4.0, 4.0, -4.0, 4.0, 0.0]) * t))
+    torch.testing.assert_close(delta, share * t * torch.tensor([1.0, 1.0, -1.0, -1.0, 1.0]))
+    assert share[0] > 1.9
+    assert share[1] < 0.1
+
+
 def test_tensors_of_a_file_are_checked() -> None:
     tensors = drawn(8, 0)
     check_tensors(3, tensors, 8)
     check_tensors(3, drawn(8, 0, units=4), 8)
+    check_tensors(3, drawn(8, 0, units=4, sharpness=8.0), 8)
     context = {
         "context_weight": torch.zeros(2, 3, 5),
         "context_mean": torch.zeros(3, 5),
@@ -172,6 +199,8 @@ def test_tensors_of_a_file_are_checked() -> None:
         {"weight": torch.zeros(3, 8)},
         {"bias": torch.zeros(3)},
         {"extra": torch.zeros(1)},
+        {"sharpness": torch.tensor(0.0)},
+        {"sharpness": torch.ones(2)},
         {"bend": torch.zeros(1)},
         {"context_weight": torch.zeros(2, 3, 5)},
         context | {"context_weight": torch.zeros(2, 3, 4)},

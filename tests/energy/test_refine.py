@@ -10,6 +10,7 @@ from elsteer.completions import PromptCaches
 from elsteer.decoding import PromptBatch, first_logits
 from elsteer.energy.context import contexts_of
 from elsteer.energy.descent import Descent
+from elsteer.energy.product import verdict_means
 from elsteer.energy.refine import AS_TRAINED, SteeredProducts, _losses, _moving, _Plain, refine
 from elsteer.energy.tensors import check_tensors
 from elsteer.errors import RunError
@@ -30,7 +31,13 @@ def tiny() -> Tiny:
     return speaker()
 
 
-def products(seed: int = 0, units: int = 0, contexts: tuple[Tensor, Tensor] | None = None) -> SteeredProducts:
+def products(
+    seed: int = 0,
+    units: int = 0,
+    contexts: tuple[Tensor, Tensor] | None = None,
+    sides: Tensor | None = None,
+    sharpness: float = 0.0,
+) -> SteeredProducts:
     generator = torch.Generator().manual_seed(seed)
     tensors = {
         layer: {
@@ -41,7 +48,8 @@ def products(seed: int = 0, units: int = 0, contexts: tuple[Tensor, Tensor] | No
         }
         for layer in LAYERS
     }
-    found = SteeredProducts(tensors, {layer: torch.randn(SIZE, generator=generator) for layer in LAYERS})
+    harm = {layer: torch.randn(SIZE, generator=generator) for layer in LAYERS}
+    found = SteeredProducts(tensors, harm, sides=sides, sharpness=sharpness)
     if contexts is not None:
         found.see(*contexts)
     if units:
@@ -72,17 +80,27 @@ def labels_of(tiny: Tiny, batches: list[PromptBatch]) -> list[str | None]:
 
 @pytest.mark.parametrize("units", [0, 5])
 @pytest.mark.parametrize("contexts", [None, some_contexts()], ids=["alone", "in context"])
-def test_a_landscape_makes_the_step_that_was_trained(units: int, contexts: tuple[Tensor, Tensor] | None) -> None:
-    trained = products(units=units, contexts=contexts)
+@pytest.mark.parametrize("sharpness", [0.0, 8.0])
+def test_a_landscape_makes_the_step_that_was_trained(
+    units: int, contexts: tuple[Tensor, Tensor] | None, sharpness: float
+) -> None:
+    states = torch.randn(12, len(LAYERS), SIZE, generator=torch.Generator().manual_seed(2))
+    kinds = torch.tensor([False, True]).repeat(6)
+    verdicts = torch.tensor([False, False, True, True]).repeat(3)
+    plain = products()
+    sides = torch.stack(
+        [
+            (verdict_means(states[:, at], kinds, verdicts) - plain.mean[at]) / plain.scale[at]
+            for at in range(len(LAYERS))
+        ]
+    )
+    trained = products(units=units, contexts=contexts, sides=sides, sharpness=sharpness)
     with torch.no_grad():
         trained.due[:, SIZE:] += torch.randn(
             len(LAYERS), trained.due.shape[1] - SIZE, generator=torch.Generator().manual_seed(3)
         )
         trained.log_length += torch.tensor([0.3, -0.4])
         trained.turn += 0.1 * torch.randn(trained.turn.shape, generator=torch.Generator().manual_seed(1))
-    states = torch.randn(12, len(LAYERS), SIZE, generator=torch.Generator().manual_seed(2))
-    kinds = torch.tensor([False, True]).repeat(6)
-    verdicts = torch.tensor([False, False, True, True]).repeat(3)
     found = trained.tensors(states, kinds, verdicts)
     for at, layer in enumerate(LAYERS):
         check_tensors(layer, found[layer], SIZE)

@@ -93,13 +93,17 @@ def _linear(count: int, out: int, into: int) -> nn.Parameter:
 
 def energy_of(tensors: dict[str, Tensor], z: Tensor) -> Tensor:
     """f(z): energies (n,) of z = W' h + b' (n, r), for one layer's `tensors`, of this module or of `ProductEnergies`."""
-    return _forward(tensors, z)[0] if "read_out" in tensors else product_energy(z, tensors.get("bend"))
+    return (
+        _forward(tensors, z)[0]
+        if "read_out" in tensors
+        else product_energy(z, tensors.get("bend"), tensors.get("sharpness"))
+    )
 
 
 def slope_of(tensors: dict[str, Tensor], z: Tensor) -> tuple[Tensor, Tensor]:
     """(f(z), df/dz) with shapes (n,), (n, r), written out: no autograd, so inference mode and graph capture work."""
     if "read_out" not in tensors:
-        return product_slope(z, tensors.get("bend"))
+        return product_slope(z, tensors.get("bend"), tensors.get("sharpness"))
     energy, normal, deviation, kept = _forward(tensors, z)
     depth = len(kept) - 1
     slope = tensors["read_out"] * silu_slope(kept[-1])

@@ -2,6 +2,13 @@
 
     E(h) = -tanh(u) v,    u = a.x + b,    v = c.x + e,    x = (h - mean) / scale
 
+or, with a sharpness k, by the hinge of that (softplus), which is flat where the model does what is due already:
+
+    E(h) = 2 softplus(-k tanh(u) v) / k        dE/dv = -tanh(u) 2 sigmoid(-k tanh(u) v)
+
+so that a step is up to twice as long where the model is about to do what is not due, and goes to nothing where it is not. For
+k -> 0 it is the first form.
+
 u is the log-odds that the prompt is harmful, by logistic regression on the states: is refusing due? Energies that are
 trained through the model (`elsteer.energy.refine`) add m hidden units to it, u = a.x + b + r.silu(W x + s), and may read the
 context y of the state beside x (`elsteer.energy.context`). v says whether the
@@ -14,9 +21,9 @@ energies, whatever the seed. With a guard the steering holds u, so that the step
 harmful prompts, and is shorter where u is in doubt; see `elsteer.energy.descent`.
 
 Shapes: L layers, N states, d = hidden size. The tensors of one layer: weight (2 + m, d) with rows a, c and those of W, bias
-(2 + m,) with b, e and s, bend (m,) with r (absent where m = 0), mean (d,), scale (); with a context of k blocks and e numbers of
-each also context_weight (2 + m, k, e), context_mean (k, e), context_scale (). That there is no `read_out` tells them
-from those of `EnergyModels`.
+(2 + m,) with b, e and s, bend (m,) with r (absent where m = 0), sharpness () with k (absent: the first form), mean (d,), scale
+(); with a context of k blocks and e numbers of each also context_weight (2 + m, k, e), context_mean (k, e), context_scale ().
+That there is no `read_out` tells them from those of `EnergyModels`.
 """
 
 from __future__ import annotations
@@ -27,12 +34,14 @@ import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
+from torch.nn import functional
 
 from elsteer.energy.standard import standardised, weighted_sums
 
 __all__ = [
     "ProductEnergies",
     "held_slope",
+    "hinge",
     "product_energy",
     "product_slope",
     "silu_slope",
@@ -122,24 +131,34 @@ class ProductEnergies(nn.Module):
         return {name: tensor[at].detach().clone() for name, tensor in self.state_dict().items()}
 
 
-def product_energy(z: Tensor, bend: Tensor | None = None) -> Tensor:
-    """-tanh(u) v, shape (...), of z = (a.x + b, v, W x + s), shape (..., 2 + m), and bend (m,), the r of the module's text."""
-    return -torch.tanh(_due(z, bend)) * z[..., 1]
+def product_energy(z: Tensor, bend: Tensor | None = None, sharpness: Tensor | None = None) -> Tensor:
+    """E, shape (...), of z = (a.x + b, v, W x + s), shape (..., 2 + m), bend (m,) and sharpness ()."""
+    agrees = torch.tanh(_due(z, bend)) * z[..., 1]
+    return -agrees if sharpness is None else 2 * functional.softplus(-sharpness * agrees) / sharpness
 
 
-def product_slope(z: Tensor, bend: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def product_slope(z: Tensor, bend: Tensor | None = None, sharpness: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(energy, its gradient) by z, shapes (n,) and (n, 2 + m)."""
     due = torch.tanh(_due(z, bend))
     by_u = -(1 - due.square()) * z[:, 1]
     slope = torch.stack([by_u, -due], dim=-1)
     if bend is not None:
         slope = torch.cat([slope, by_u[:, None] * bend * silu_slope(z[:, 2:])], dim=-1)
-    return -due * z[:, 1], slope
+    if sharpness is not None:
+        slope = slope * hinge(due * z[:, 1], sharpness)[:, None]
+    return product_energy(z, bend, sharpness), slope
 
 
-def held_slope(z: Tensor, bend: Tensor | None = None) -> Tensor:
+def held_slope(z: Tensor, bend: Tensor | None = None, sharpness: Tensor | None = None) -> Tensor:
     """(n, 1): the gradient by v alone, u held, of z (n, 2 + m)."""
-    return -torch.tanh(_due(z, bend))[:, None]
+    due = torch.tanh(_due(z, bend))
+    slope = -due if sharpness is None else -due * hinge(due * z[:, 1], sharpness)
+    return slope[:, None]
+
+
+def hinge(agrees: Tensor, sharpness: Tensor) -> Tensor:
+    """2 sigmoid(-k tanh(u) v) of tanh(u) v: what the step of the first form is multiplied by, between 0 and 2."""
+    return 2 * torch.sigmoid(-sharpness * agrees)
 
 
 def silu_slope(x: Tensor) -> Tensor:
@@ -149,7 +168,7 @@ def silu_slope(x: Tensor) -> Tensor:
 
 
 def _due(z: Tensor, bend: Tensor | None) -> Tensor:
-    return z[..., 0] if bend is None else z[..., 0] + torch.nn.functional.silu(z[..., 2:]) @ bend
+    return z[..., 0] if bend is None else z[..., 0] + functional.silu(z[..., 2:]) @ bend
 
 
 def verdict_row(means: Tensor, way: Tensor) -> tuple[Tensor, Tensor]:

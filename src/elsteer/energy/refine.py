@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from elsteer.decoding import PromptBatch, first_logits, plain_model
-from elsteer.energy.product import verdict_means, verdict_row
+from elsteer.energy.product import hinge, verdict_means, verdict_row
 from elsteer.errors import RunError
 from elsteer.models import decoder_blocks
 from elsteer.settings import TrainingSettings
@@ -57,18 +57,29 @@ class SteeredProducts(nn.Module):
     """The trainable form of the product energies of `layers`: their directions, offsets and lengths.
 
     tensors: by layer, as `ProductEnergies.tensors_of` gives them. harm: by layer, the direction (d,) that the guard holds
-    besides a. length: of every step at the start, in units of AS_TRAINED * scale * sqrt(d).
+    besides a. length: of every step at the start, in units of AS_TRAINED * scale * sqrt(d). sharpness: k of the hinge, 0 for
+    none; it asks for sides, (L, 2, d), the means of the answered and of the refused states of each layer (`verdict_means`),
+    standardised, which say where v is -1/2 and 1/2.
     """
 
     mean: Tensor
+    sides: Tensor | None
     scale: Tensor
     harm: Tensor
     contexts: Tensor
 
     def __init__(
-        self, tensors: Mapping[int, dict[str, Tensor]], harm: Mapping[int, Tensor], length: float = 0.8
+        self,
+        tensors: Mapping[int, dict[str, Tensor]],
+        harm: Mapping[int, Tensor],
+        length: float = 0.8,
+        *,
+        sides: Tensor | None = None,
+        sharpness: float = 0.0,
     ) -> None:
         super().__init__()
+        self.sharpness = sharpness
+        self.register_buffer("sides", None if sides is None else sides.float())
         self._context: tuple[Tensor, Tensor] | None = None  # mean (L, k, e) and scale (L,)
         self.layers = sorted(tensors)
         names = ("weight", "bias", "mean", "scale")
@@ -164,7 +175,13 @@ class SteeredProducts(nn.Module):
 
         places: (B,) of the states' prompts, where u reads their contexts.
         """
-        steps = (self.log_length.exp() * self.scale * self.unit)[:, None] * self.directions()
+        along = self.directions()
+        steps = (self.log_length.exp() * self.scale * self.unit)[:, None] * along
+        middle = apart = None
+        if self.sharpness and self.sides is not None:
+            middle = (self.sides.mean(dim=1) * along).sum(dim=1)
+            apart = ((self.sides[:, 1] - self.sides[:, 0]) * along).sum(dim=1)
+            apart = torch.where(apart > 1e-6, apart, 1.0)  # as `verdict_row`
 
         def one(at: int) -> Callable[[Tensor], Tensor]:
             parts = self.mean[at], self.scale[at], self.due[at], self.offset[at], steps[at]
@@ -174,10 +191,13 @@ class SteeredProducts(nn.Module):
                 mean, scale, due, offset, step = (part.to(states.device) for part in parts)
                 units, thresholds, bend = (part.to(states.device) for part in more)
                 x = (states.float() - mean) / scale
-                if self._context is not None:
-                    x = torch.cat([x, self.contexts[places, at].to(x)], dim=1)
-                u = x @ due + offset + nn.functional.silu(x @ units.T + thresholds) @ bend
-                return (torch.tanh(u)[:, None] * step).to(states.dtype)
+                seen = x if self._context is None else torch.cat([x, self.contexts[places, at].to(x)], dim=1)
+                u = seen @ due + offset + nn.functional.silu(seen @ units.T + thresholds) @ bend
+                push = torch.tanh(u)
+                if middle is not None and apart is not None:
+                    v = (x @ along[at].to(x) - middle[at].to(x)) / apart[at].to(x)
+                    push = push * hinge(push * v, x.new_tensor(self.sharpness))
+                return (push[:, None] * step).to(states.dtype)
 
             return move
 
@@ -208,6 +228,8 @@ class SteeredProducts(nn.Module):
             }
             if self.bend.shape[1]:
                 found[layer]["bend"] = self.bend[at].clone()
+            if self.sharpness:
+                found[layer]["sharpness"] = torch.tensor(float(self.sharpness))
             if self._context is not None:
                 seen, scale = (part[at].clone() for part in self._context)
                 found[layer] |= {
