@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ import yaml
 from torch import Tensor
 
 from elsteer.completions import read_completions
+from elsteer.energy.standard import standardised, weighted_sums
 from elsteer.errors import RunError
 from elsteer.files import read_jsonl
 from elsteer.prompts import Prompt
@@ -21,7 +23,37 @@ from elsteer.run import RunFolder
 from elsteer.settings import FitSettings
 from elsteer.states import StateStore
 
-__all__ = ["Evidence"]
+__all__ = ["OUTCOMES", "Evidence", "OutcomeMeans"]
+
+# Of a prompt: (harmful, refused).
+OUTCOMES = {
+    "helpful": (False, False),
+    "false_refusal": (False, True),
+    "safe_refusal": (True, True),
+    "jailbreak": (True, False),
+}
+
+
+@dataclass(frozen=True)
+class OutcomeMeans:
+    """Of one layer's states: mean (d,) in float64 and number of the prompts of each outcome that occurs; the spread.
+
+    spread: root mean square of the distance to the mean of all, the unit in which step lengths are given.
+    """
+
+    mean: dict[str, Tensor]
+    count: dict[str, int]
+    spread: float
+
+    def of(self, *outcomes: str) -> Tensor:
+        """(d,) mean of the prompts of these outcomes together. Raises RunError where there is none."""
+        present = [name for name in outcomes if name in self.mean]
+        total = sum(self.count[name] for name in present)
+        if not total:
+            raise RunError(
+                f"No training prompt has the outcome {' or '.join(outcomes)}, which this method learns from: give more prompts."
+            )
+        return torch.stack([self.mean[name] * (self.count[name] / total) for name in present]).sum(dim=0)
 
 
 @dataclass
@@ -30,7 +62,7 @@ class Evidence:
 
     harmful, refused: (n,) bool, of the prompt and of the plain model's answer. depth: decoder blocks of the model, which all have
     states. seed: of whatever a baseline draws. `states(layer)` gives (n, d) float32: the input of the block at the
-    prompt's last token.
+    prompt's last token. folder: where long work of a baseline keeps what it has finished, or None: nowhere.
     """
 
     harmful: Tensor
@@ -39,6 +71,8 @@ class Evidence:
     seed: int
     _store: StateStore
     _ids: Sequence[str]
+    folder: Path | None = None
+    _means: dict[int, OutcomeMeans] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of_run(cls, run_dir: str | Path) -> Evidence:
@@ -68,8 +102,29 @@ class Evidence:
             settings.seed,
             store,
             ids,
+            run / "baselines",
         )
 
     def states(self, layer: int) -> Tensor:
         """(n, d) float32 inputs of decoder block `layer` at the prompts' last tokens."""
         return self._store.read(self._ids, tokens=1, layers=slice(layer, layer + 1))[0][:, 0, 0].float()
+
+    def rows(self, outcome: str) -> Tensor:
+        """(n,) bool: the prompts of one of OUTCOMES."""
+        harmful, refused = OUTCOMES[outcome]
+        return (self.harmful == harmful) & (self.refused == refused)
+
+    def means(self, layer: int) -> OutcomeMeans:
+        """Means by outcome of a layer's states; kept, so that methods share one pass over them."""
+        if layer not in self._means:
+            states = self.states(layer)
+            rows = {name: self.rows(name) for name in OUTCOMES}
+            present = [name for name, mask in rows.items() if bool(mask.any())]
+            shares = torch.stack([rows[name].double() / rows[name].sum() for name in present])
+            _, scale = standardised(states)
+            self._means[layer] = OutcomeMeans(
+                dict(zip(present, weighted_sums(shares, states), strict=True)),
+                {name: int(rows[name].sum()) for name in present},
+                float(scale) * math.sqrt(states.shape[1]),
+            )
+        return self._means[layer]
