@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -108,6 +109,11 @@ class Evidence:
     def states(self, layer: int) -> Tensor:
         """(n, d) float32 inputs of decoder block `layer` at the prompts' last tokens."""
         return self._store.read(self._ids, tokens=1, layers=slice(layer, layer + 1))[0][:, 0, 0].float()
+
+    def digest(self) -> str:
+        """SHA-256 of the prompts' names and verdicts and of the seed: what long work that is kept was made of."""
+        told = (list(self._ids), self.harmful.tolist(), self.refused.tolist(), self.depth, self.seed)
+        return hashlib.sha256(repr(told).encode()).hexdigest()
 
     def rows(self, outcome: str) -> Tensor:
         """(n,) bool: the prompts of one of OUTCOMES."""

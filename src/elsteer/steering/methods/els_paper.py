@@ -113,6 +113,7 @@ def train_network(
     *,
     widths: Sequence[int] = PUBLISHED,
     epochs: int = EPOCHS,
+    rate: float = RATE,
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> tuple[dict[str, Tensor], float]:
@@ -135,7 +136,7 @@ def train_network(
         good, bad = (states[rows[count:]].float().to(device) for rows, count in zip(sides, held, strict=True))
         x, y = states[check].float().to(device), undesirable[check]
         network = _sequential(states.shape[1], widths).to(device)
-        optimiser = torch.optim.Adam(network.parameters(), lr=RATE)
+        optimiser = torch.optim.Adam(network.parameters(), lr=rate)
         best, kept = -1.0, None
         pairs = min(len(good), len(bad))
         for _ in range(epochs):
@@ -212,7 +213,7 @@ def _candidates(
             seed = evidence.seed + layer
             return train_network(states, undesirable, widths=widths, epochs=epochs, seed=seed, device=on)
 
-        made_of = f"{widths} {epochs} {evidence.seed} {rows.tolist()} {undesirable.int().tolist()}"
+        made_of = f"{widths} {epochs} {prompts} {evidence.digest()}"
         path = None if evidence.folder is None else evidence.folder / name / f"{layer}.safetensors"
         tensors, scores[layer] = _kept(path, made_of, trained)
         networks[layer] = PaperNetwork(tensors)
