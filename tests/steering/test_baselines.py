@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from elsteer.steering.methods.layers import band, choices, per_row, singles
 from elsteer.steering.methods.surgical import false_refusal_direction
 from tiny import tiny_model
 
-CLOSE = {"rtol": 1e-5, "atol": 1e-6}
+close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
 DEPTH, SIZE = 4, 32  # of the tiny model
 
 
@@ -103,7 +104,7 @@ def test_layer_choices() -> None:
 def test_a_strength_per_row_is_a_column() -> None:
     assert per_row(0.5, torch.zeros(2, 3)) == 0.5
     column = per_row(torch.tensor([1.0, 2.0]), torch.zeros(2, 3))
-    assert torch.equal(column * torch.ones(2, 3), torch.tensor([[1.0] * 3, [2.0] * 3]))  # type: ignore[operator]
+    assert torch.equal(column * torch.ones(2, 3), torch.tensor([[1.0] * 3, [2.0] * 3]))
 
 
 # The formulas
@@ -115,7 +116,7 @@ def test_caa_adds_the_mean_difference() -> None:
     candidate = next(one for one in CAA.candidates(evidence) if one.settings["alpha"] == 0.5)
     added = candidate.moves[0].delta(torch.randn(3, 2), torch.tensor([1.0, 0.0, 2.0]))
     expected = torch.tensor([[0, -0.5 * spread], [0, 0], [0, -spread]])
-    torch.testing.assert_close(added, expected, **CLOSE)
+    close(added, expected)
 
 
 def test_a_band_shares_the_length_among_its_layers() -> None:
@@ -163,8 +164,8 @@ def test_the_condition_is_the_principal_component_of_pairs() -> None:
     harmful = torch.tensor([True, True, False, False])
     centre, way = condition(states, harmful)
     torch.testing.assert_close(centre, torch.tensor([2.0, 0.0], dtype=torch.float64))
-    torch.testing.assert_close(way, torch.tensor([1.0, 0.0], dtype=torch.float64), **CLOSE)
-    torch.testing.assert_close(condition(states, ~harmful)[1], -way, **CLOSE)
+    close(way, torch.tensor([1.0, 0.0], dtype=torch.float64))
+    close(condition(states, ~harmful)[1], -way)
     pairs = torch.stack([(a - b) / 2 for a in states[:2] for b in states[2:]]).double()
     by_pairs = torch.linalg.eigh(pairs.T @ pairs)[1][:, -1]
     assert abs(float(by_pairs @ way)) == pytest.approx(1)
@@ -185,11 +186,11 @@ def test_alphasteer_reads_in_the_null_space() -> None:
     kept = torch.tensor([[5.0, 0.0], [-5.0, 0.0], [4.0, 0.0]])  # second moments along the first coordinate alone
     moved = torch.tensor([[3.0, 2.0], [1.0, 2.0]])
     read = null_space_reader(kept, moved, dropped=0.5, ridge=1e-9)
-    torch.testing.assert_close(read, torch.tensor([0.0, 0.5], dtype=torch.float64), **CLOSE)
+    close(read, torch.tensor([0.0, 0.5], dtype=torch.float64))
     damped = null_space_reader(kept, moved, dropped=0.5, ridge=0.25)
-    torch.testing.assert_close(damped, torch.tensor([0.0, 2 / (4 + 0.25 * 4)], dtype=torch.float64), **CLOSE)
+    close(damped, torch.tensor([0.0, 2 / (4 + 0.25 * 4)], dtype=torch.float64))
     move = NullSpaceMap(read[None], torch.tensor([[1.0, -1.0]]), 3.0)
-    torch.testing.assert_close(move.delta(moved), torch.tensor([[3.0, -3.0]]).expand(2, 2), **CLOSE)
+    close(move.delta(moved), torch.tensor([[3.0, -3.0]]).expand(2, 2))
     assert move.delta(kept).abs().max() < 1e-5
 
 
@@ -212,8 +213,8 @@ def test_k_steering_follows_the_gradient() -> None:
     move = ClassifierSteps(down, shift, torch.tensor([1.0, 1.0, 9.0]), length=2.0, steps=1)
     states = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]])  # both units on; the first; none
     expected = torch.tensor([[-1.2, -1.6], [-2.0, 0.0], [0.0, 0.0]])
-    torch.testing.assert_close(move.delta(states), expected, **CLOSE)
-    torch.testing.assert_close(move.delta(states, torch.tensor([1.0, 0.5, 1.0]))[1], torch.tensor([-1.0, 0.0]), **CLOSE)
+    close(move.delta(states), expected)
+    close(move.delta(states, torch.tensor([1.0, 0.5, 1.0]))[1], torch.tensor([-1.0, 0.0]))
 
 
 @pytest.mark.parametrize("steps", [1, 3])
@@ -251,7 +252,7 @@ def test_the_published_energy_equals_autograd(steps: int) -> None:
     last = nn.Linear(4, 1)
     last.load_state_dict({"weight": tensors["weight.3"], "bias": tensors["bias.3"]})
     reference = nn.Sequential(*layers, last)
-    torch.testing.assert_close(network.energy(states), reference(states)[:, 0].detach(), **CLOSE)
+    close(network.energy(states), reference(states)[:, 0].detach())
     move = PaperSteps(network, eta=0.4, steps=steps)
     moved = states + move.delta(states)
     torch.testing.assert_close(
@@ -300,7 +301,7 @@ def test_a_layer_is_trained_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_an_unknown_name_is_told_the_known_ones() -> None:
     assert get_baseline("caa") is BASELINES["caa"]
     assert all(name == one.name and one.title for name, one in BASELINES.items())
-    with pytest.raises(ElsteerError, match="'caaa'.*none, system-prompt, caa"):
+    with pytest.raises(ElsteerError, match=r"'caaa'.*none, system-prompt, caa"):
         get_baseline("caaa")
 
 

@@ -61,14 +61,15 @@ def null_space_reader(kept: Tensor, moved: Tensor, dropped: float, ridge: float 
 
 
 def _alphasteer(evidence: Evidence) -> list[Candidate]:
-    single, wide = (layer_at(0.6, evidence.depth),), band(evidence.depth, 0.4, 0.8)
+    single: tuple[int, ...] = (layer_at(0.6, evidence.depth),)
+    wide = band(evidence.depth, 0.4, 0.8)
     fitted = {(at, 0.6): _Fitted(evidence, at, 0.6) for at in {*single, *wide}}
     fitted |= {(at, 0.3): _Fitted(evidence, at, 0.3) for at in wide}
     plan = [(single, kind, 0.6, 0) for kind in ("answer", "both")]
     plan += [(wide, kind, dropped, 0) for kind in ("answer", "both") for dropped in (0.3, 0.6)]
     plan += [(wide, "both", 0.6, EVERY_TOKEN), (wide, "refuse", 0.6, EVERY_TOKEN)]
     found = []
-    for layers, kind, dropped, window in plan:
+    for layers, kind, dropped, window in dict.fromkeys(plan):
         for factor in LAMBDAS:
             moves = {at: fitted[at, dropped].move(kind, factor / len(layers)) for at in layers}
             settings = {"layers": list(layers), "kind": kind, "dropped": dropped, "lambda": factor, "window": window}

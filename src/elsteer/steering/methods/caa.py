@@ -62,7 +62,7 @@ def _choices(depth: int) -> list[tuple[tuple[int, ...], int]]:
     """(layers, window): each choice of layers at the prompt's last token, the widest band at every token too."""
     wide = bands(depth)
     found = [*((layers, 0) for layers in singles(depth)), *((layers, 0) for layers in wide[-1:])]
-    return [*found, (wide[-1], EVERY_TOKEN)]
+    return list(dict.fromkeys([*found, (wide[-1], EVERY_TOKEN)]))  # a shallow model has few
 
 
 def _added(method: str, evidence: Evidence, directions: dict[int, Tensor]) -> list[Candidate]:

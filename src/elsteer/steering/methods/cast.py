@@ -79,7 +79,7 @@ def best_threshold(scores: Tensor, positive: Tensor) -> float:
 def _cast(evidence: Evidence) -> list[Candidate]:
     choices = [(layers, 0) for layers in singles(evidence.depth, (0.5, 0.6))]
     wide = band(evidence.depth, 0.4, 0.8)
-    choices += [(wide, 0), (wide, EVERY_TOKEN)]
+    choices = list(dict.fromkeys([*choices, (wide, 0), (wide, EVERY_TOKEN)]))
     fitted = {layer: _Fitted(evidence, layer) for layers, _ in choices for layer in layers}
     refuses = (False, True) if evidence.rows("jailbreak").any() else (False,)
     found = []

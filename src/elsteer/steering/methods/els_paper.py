@@ -168,7 +168,8 @@ def _sequential(size: int, widths: Sequence[int]) -> nn.Sequential:
 
 
 def _tensors(network: nn.Sequential) -> dict[str, Tensor]:
-    found, at = {}, 0
+    found: dict[str, Tensor] = {}
+    at = 0
     for part in network:
         if isinstance(part, nn.LayerNorm):
             found |= {f"norm_weight.{at - 1}": part.weight, f"norm_bias.{at - 1}": part.bias}

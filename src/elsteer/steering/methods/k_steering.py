@@ -76,7 +76,8 @@ def train_classifier(states: Tensor, classes: Tensor, count: int, seed: int) -> 
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         x, y = ((states - mean) / scale).clone(), classes.clone()
-        model = nn.Sequential(nn.Linear(x.shape[1], HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, count))
+        first, last = nn.Linear(x.shape[1], HIDDEN), nn.Linear(HIDDEN, count)
+        model = nn.Sequential(first, nn.ReLU(), last)
         weight = len(y) / (count * torch.bincount(y, minlength=count).clamp_min(1)).float()
         optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
         for _ in range(EPOCHS):
@@ -84,14 +85,15 @@ def train_classifier(states: Tensor, classes: Tensor, count: int, seed: int) -> 
                 optimiser.zero_grad(set_to_none=True)
                 F.cross_entropy(model(x[rows]), y[rows], weight).backward()
                 optimiser.step()
-        first, last = model[0], model[2]
         down = first.weight.detach() / scale
         return down, first.bias.detach() - down @ mean, last.weight.detach(), last.bias.detach()
 
 
 def _k_steering(evidence: Evidence) -> list[Candidate]:
     wide = band(evidence.depth, 0.4, 0.8)
-    choices = [*((layers, 0) for layers in singles(evidence.depth, (0.5,))), (wide, 0), (wide, EVERY_TOKEN)]
+    choices = list(
+        dict.fromkeys([*((one, 0) for one in singles(evidence.depth, (0.5,))), (wide, 0), (wide, EVERY_TOKEN)])
+    )
     rows, classes, names = _sample(evidence)
     signs = _weights(names)
     fitted: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
