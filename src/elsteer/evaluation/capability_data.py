@@ -190,10 +190,8 @@ def _drawn(items: Sequence[_Item], limit: int | None, seed: int) -> list[_Item]:
 def _file_rows(path: Path) -> list[Mapping[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8")
-        if path.suffix == ".json":
-            rows = json.loads(text)
-        else:
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        lines = text.split("\n")  # not splitlines: U+2028 may stand in a text
+        rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in lines if line.strip()]
     except (OSError, ValueError) as error:
         raise PromptError(f"{path} cannot be read ({error}): get the file again.") from error
     if not isinstance(rows, list):
@@ -231,6 +229,8 @@ def _truthfulqa(row: Mapping[str, Any]) -> Choices:
 
 
 def _texts(values: Iterable[Any]) -> tuple[str, ...]:
+    if isinstance(values, str):
+        raise ValueError("its choices are a text and no list")
     return tuple(str(value).strip() for value in values)
 
 
