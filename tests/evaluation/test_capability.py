@@ -24,14 +24,15 @@ from elsteer.landscape import Landscape
 from elsteer.models import encode_chat
 from elsteer.steering.methods.baseline import Candidate
 from landscapes import tiny_landscape
-from pipelines import Killed, Tiny, dies_at, forward_passes, lines, some_prompts, speaker
+from pipelines import Killed, Tiny, dies_at, forward_passes, lines, some_prompts
+from tiny import tiny_model, tiny_tokenizer
 
 STRENGTH = 8.0  # far enough that random energies change answers
 
 
 @pytest.fixture(scope="module")
 def tiny() -> Tiny:
-    return speaker()
+    return tiny_model(max_position_embeddings=512), tiny_tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +180,9 @@ def plain_scores(tiny: Tiny, item: Choices) -> list[float]:
     ids = torch.tensor([encode_chat(tokenizer, list(item.prompt.messages))])
     with torch.inference_mode():
         logs = model(input_ids=ids).logits[0, -1].log_softmax(dim=-1)
-    return [float(logs[tokenizer(one, add_special_tokens=False)["input_ids"][0]]) for one in LETTERS[: len(item.choices)]]
+    return [
+        float(logs[tokenizer(one, add_special_tokens=False)["input_ids"][0]]) for one in LETTERS[: len(item.choices)]
+    ]
 
 
 def test_by_letter_the_plain_choice_is_the_one_of_a_full_pass(
@@ -242,7 +245,7 @@ def test_by_likelihood_the_choice_is_the_one_of_full_passes(
                 chosen = _by_likelihood(model, batch, given_rows, steering)
         found.update(zip(batch.rows, chosen, strict=True))
     assert [found[place] for place in range(len(items))] == expected
-    assert len(set(expected)) > 1 or strength is not None
+    assert len(set(expected)) > 1
 
 
 def test_pairs_give_the_statistics_of_hand_made_ones() -> None:
@@ -354,13 +357,11 @@ def test_kl_lengths_and_degenerate_answers_are_those_of_the_rows(
 
 def test_plain_and_steered_share_one_prefill(tiny: Tiny, landscape: Landscape, data: Path, tmp_path: Path) -> None:
     with forward_passes(tiny[0]) as rows:
-        capability(*tiny, landscape, ["mmlu"], out=tmp_path, data_dir=data, batch_size=23)
-    assert rows == [1, 23, 23, 23]  # the shared beginning, the prompts, the last token plain and steered
+        capability(*tiny, landscape, ["mmlu"], out=tmp_path, data_dir=data, limit=12)
+    assert rows == [1, 12, 12, 12]  # the shared beginning, the prompts, the last token plain and steered
 
 
-def test_a_killed_run_goes_on_and_gives_the_same(
-    tiny: Tiny, landscape: Landscape, data: Path, tmp_path: Path
-) -> None:
+def test_a_killed_run_goes_on_and_gives_the_same(tiny: Tiny, landscape: Landscape, data: Path, tmp_path: Path) -> None:
     whole = capability(*tiny, landscape, ["mmlu"], out=tmp_path / "a", data_dir=data, batch_size=4)
     with pytest.raises(Killed):
         capability(
