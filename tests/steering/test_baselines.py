@@ -162,7 +162,8 @@ def test_cast_adds_by_the_condition() -> None:
 def test_the_condition_is_the_principal_component_of_pairs() -> None:
     states = torch.tensor([[4.0, 1.0], [4.0, -1.0], [0.0, 1.0], [0.0, -1.0]])
     harmful = torch.tensor([True, True, False, False])
-    centre, way = condition(states, harmful)
+    centre, way, threshold = condition(states, harmful)
+    assert -0.5 < threshold < 0.5
     torch.testing.assert_close(centre, torch.tensor([2.0, 0.0], dtype=torch.float64))
     close(way, torch.tensor([1.0, 0.0], dtype=torch.float64))
     close(condition(states, ~harmful)[1], -way)
@@ -174,12 +175,25 @@ def test_the_condition_is_the_principal_component_of_pairs() -> None:
 def test_the_threshold_has_the_best_f1() -> None:
     positive = torch.tensor([True, False, True, True, False])
     scores = torch.tensor([0.9, 0.1, 0.7, 0.2, 0.5])
-    assert best_threshold(scores, positive) == pytest.approx(0.15)  # F1 6/7 there; 0.8 and less elsewhere
-    assert best_threshold(
-        torch.tensor([0.9, 0.8, 0.3, 0.2]), torch.tensor([True, True, False, False])
-    ) == pytest.approx(0.55)
-    tied = torch.tensor([0.5, 0.5, 0.5])
-    assert best_threshold(tied, torch.tensor([True, False, False])) < 0.5  # equal scores are not told apart
+    threshold, f1 = best_threshold(scores, positive)
+    assert (threshold, f1) == (pytest.approx(0.15), pytest.approx(6 / 7))  # 0.8 and less elsewhere
+    apart = best_threshold(torch.tensor([0.9, 0.8, 0.3, 0.2]), torch.tensor([True, True, False, False]))
+    assert apart == (pytest.approx(0.55), pytest.approx(1.0))
+    tied = best_threshold(torch.tensor([0.5, 0.5, 0.5]), torch.tensor([True, False, False]))
+    assert tied[0] < 0.5  # equal scores are not told apart
+    assert tied[1] == pytest.approx(0.5)
+
+
+def test_the_condition_is_the_component_that_tells() -> None:
+    """Topics vary most, along the second coordinate; harm is along the first, where the mean difference points too."""
+    states = torch.tensor([[x + 0.1 * y, y] for x in (0.0, 2.0) for y in (-9.0, -3.0, 3.0, 9.0)])
+    harmful = states[:, 0] - 0.1 * states[:, 1] > 1
+    for kind in ("principal", "mean"):
+        centre, way, threshold = condition(states, harmful, kind)
+        assert float(way[0]) > 0.9
+        move = ConditionalAdd(centre, way, threshold, torch.zeros(2), torch.ones(2))
+        moved = move.delta(states)[:, 0] > 0
+        assert kind == "mean" or torch.equal(moved, harmful)
 
 
 def test_alphasteer_reads_in_the_null_space() -> None:

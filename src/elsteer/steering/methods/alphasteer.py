@@ -23,7 +23,7 @@ from elsteer.steering.methods.layers import EVERY_TOKEN, TINY, band, layer_at, p
 
 __all__ = ["ALPHASTEER", "NullSpaceMap", "null_space_reader"]
 
-LAMBDAS = (0.5, 1.0, 2.0)
+LAMBDAS = (1.0, 2.0, 4.0)
 RIDGE = 0.01
 
 

@@ -6,14 +6,18 @@ c: condition vector, unit; m: mid-point of the class means; theta: threshold; v:
 where the condition says benign; u: where it says harmful, zero or unit(mean(safe refusal) - mean(jailbreak)).
 
 Source: Lee et al. 2024, arXiv 2409.05907: c is the first principal component of the states of contrast pairs, each minus its
-pair's mean; theta is searched for the best F1 on training prompts. Where this differs: c is the principal component of all
-pairs of a harmful and a benign prompt at once (the expectation over a random pairing, in closed form); the similarity is signed
-and of centred states, where the paper takes that of h and its projection on c, which has no sign; the condition is asked
-of each moved state in its own layer, where the paper asks it once, of the prompt at a layer of its choice; and the paper
-adds a refusal vector where the condition says harmful, where here compliance is added to what is not, and refusal is optional.
+pair's mean; theta is searched for the best F1 on training prompts. Where this differs: the principal components are those of
+all pairs of a harmful and a benign prompt at once (the expectation over a random pairing, in closed form), and `principal`
+takes the one of the first eight with the best F1, since where topics vary more than harm the first tells nothing; `mean` takes
+the difference of the means instead; the similarity is signed and of centred states, where the paper takes that of h and its
+projection on c, which has no sign; the condition is asked of each moved state in its own layer, where the paper asks it
+once, of the prompt at a layer of its choice; and the paper adds a refusal vector where the condition says harmful, where here
+compliance is added to what is not, and refusal is optional.
 """
 
 from __future__ import annotations
+
+from itertools import product
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +28,8 @@ from elsteer.steering.methods.layers import EVERY_TOKEN, TINY, band, per_row, si
 
 __all__ = ["CAST", "ConditionalAdd", "best_threshold", "condition"]
 
-ALPHAS = (0.5, 1.0, 2.0)
+ALPHAS = (1.0, 2.0)
+COMPONENTS = 8
 
 
 class ConditionalAdd(nn.Module):
@@ -54,62 +59,72 @@ class ConditionalAdd(nn.Module):
         return per_row(strength, states) * added
 
 
-def condition(states: Tensor, harmful: Tensor) -> tuple[Tensor, Tensor]:
-    """(m, c), both (d,) float64, of states (n, d); c is of unit length and points to the harmful."""
+def condition(states: Tensor, harmful: Tensor, kind: str = "principal") -> tuple[Tensor, Tensor, float]:
+    """(m, c, theta) of states (n, d) and harmful (n,) bool; m and c are (d,) float64, c is of unit length, to the harmful.
+
+    kind: "principal" or "mean".
+    """
     parts = [states[mask].double() for mask in (harmful, ~harmful)]
     means = [part.mean(dim=0) for part in parts]
-    spreads = [(part - mean).T @ (part - mean) / len(part) for part, mean in zip(parts, means, strict=True)]
-    apart = means[0] - means[1]
-    # Of x = (a - b) / 2 over all pairs, E[x x^T] = (cov(a) + cov(b) + apart apart^T) / 4.
-    first = torch.linalg.eigh(spreads[0] + spreads[1] + torch.outer(apart, apart))[1][:, -1]
-    return (means[0] + means[1]) / 2, first * (1.0 if float(first @ apart) >= 0 else -1.0)
+    apart, centre = means[0] - means[1], (means[0] + means[1]) / 2
+    ways = unit(apart)[None]
+    if kind == "principal":
+        spreads = [(part - mean).T @ (part - mean) / len(part) for part, mean in zip(parts, means, strict=True)]
+        # Of x = (a - b) / 2 over all pairs, E[x x^T] = (cov(a) + cov(b) + apart apart^T) / 4.
+        found = torch.linalg.eigh(spreads[0] + spreads[1] + torch.outer(apart, apart))[1]
+        ways = found.flip(1)[:, :COMPONENTS].T
+        ways = ways * torch.where(ways @ apart >= 0, 1.0, -1.0)[:, None]
+    scores = unit(states.double() - centre) @ ways.T
+    best = [best_threshold(column, harmful) for column in scores.T]
+    at = max(range(len(best)), key=lambda number: best[number][1])
+    return centre, ways[at], best[at][0]
 
 
-def best_threshold(scores: Tensor, positive: Tensor) -> float:
-    """The threshold above which scores (n,) tell positive (n,) bool with the best F1; half-way between two scores."""
+def best_threshold(scores: Tensor, positive: Tensor) -> tuple[float, float]:
+    """The threshold above which scores (n,) tell positive (n,) bool with the best F1, and that F1.
+
+    It lies half-way between two scores.
+    """
     order = scores.double().argsort(descending=True)
     ranked, hits = scores.double()[order], positive[order].double().cumsum(0)
     called = torch.arange(1, len(ranked) + 1, dtype=torch.float64)
     f1 = 2 * hits / (called + positive.sum().double()).clamp_min(TINY)
     cut = torch.cat([ranked[:-1] > ranked[1:], torch.tensor([True])])  # equal scores stay on one side
     at = int(torch.where(cut, f1, torch.tensor(-1.0, dtype=torch.float64)).argmax())
-    return float(ranked[at] + ranked[at + 1]) / 2 if at + 1 < len(ranked) else float(ranked[at]) - 1e-6
+    threshold = float(ranked[at] + ranked[at + 1]) / 2 if at + 1 < len(ranked) else float(ranked[at]) - 1e-6
+    return threshold, float(f1[at])
 
 
 def _cast(evidence: Evidence) -> list[Candidate]:
-    choices = [(layers, 0) for layers in singles(evidence.depth, (0.5, 0.6))]
     wide = band(evidence.depth, 0.4, 0.8)
-    choices = list(dict.fromkeys([*choices, (wide, 0), (wide, EVERY_TOKEN)]))
-    fitted = {layer: _Fitted(evidence, layer) for layers, _ in choices for layer in layers}
+    choices = list(dict.fromkeys([(singles(evidence.depth, (0.6,))[0], 0), (wide, 0), (wide, EVERY_TOKEN)]))
+    fitted = {at: _Fitted(evidence, at) for at in sorted({layer for layers, _ in choices for layer in layers})}
     refuses = (False, True) if evidence.rows("jailbreak").any() else (False,)
     found = []
-    for layers, window in choices:
-        for refuse in refuses:
-            for alpha in ALPHAS:
-                moves = {at: fitted[at].move(alpha / len(layers), refuse) for at in layers}
-                settings = {"layers": list(layers), "refuse": refuse, "alpha": alpha, "window": window}
-                found.append(Candidate("cast", settings, moves, window))
+    for (layers, window), kind, refuse, alpha in product(choices, ("principal", "mean"), refuses, ALPHAS):
+        moves = {at: fitted[at].move(kind, alpha / len(layers), refuse) for at in layers}
+        settings = {"layers": list(layers), "condition": kind, "refuse": refuse, "alpha": alpha, "window": window}
+        found.append(Candidate("cast", settings, moves, window))
     return found
 
 
 class _Fitted:
-    """Condition, threshold and vectors of one layer."""
+    """Conditions and vectors of one layer."""
 
     def __init__(self, evidence: Evidence, layer: int) -> None:
-        states = evidence.states(layer)
         self.means: OutcomeMeans = evidence.means(layer)
         self.comply = unit(self.means.of("helpful") - self.means.of("false_refusal"))
         self.means.of("safe_refusal", "jailbreak")  # a condition takes harmful prompts
-        self.centre, self.way = condition(states, evidence.harmful)
-        probe = ConditionalAdd(self.centre, self.way, 0.0, self.comply, self.comply)
-        self.threshold = best_threshold(probe.similarity(states), evidence.harmful)
+        states = evidence.states(layer)
+        self.conditions = {kind: condition(states, evidence.harmful, kind) for kind in ("principal", "mean")}
 
-    def move(self, alpha: float, refuse: bool) -> ConditionalAdd:
+    def move(self, kind: str, alpha: float, refuse: bool) -> ConditionalAdd:
+        centre, way, threshold = self.conditions[kind]
         length = alpha * self.means.spread
         other = torch.zeros_like(self.comply)
         if refuse:
             other = length * unit(self.means.of("safe_refusal") - self.means.of("jailbreak"))
-        return ConditionalAdd(self.centre, self.way, self.threshold, length * self.comply, other)
+        return ConditionalAdd(centre, way, threshold, length * self.comply, other)
 
 
 CAST = Baseline("cast", "Conditional activation steering", "Lee et al. 2024, arXiv 2409.05907", _cast)
