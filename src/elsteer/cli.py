@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from elsteer import __version__
+from elsteer.commands.capability import capability
 from elsteer.commands.look import chat, inspect, push
 from elsteer.commands.models import judge, models
 from elsteer.commands.shared import debug_option
@@ -30,7 +31,7 @@ def app() -> None:
     """
 
 
-for command in (demo, fit, evaluate, inspect, chat, push, models, judge, suites):
+for command in (demo, fit, evaluate, capability, inspect, chat, push, models, judge, suites):
     app.add_command(command)
 
 

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 
+import elsteer.commands.capability as command_module
+from commands import elsteer, one_sentence, save_tiny
 from elsteer.completions import PromptCaches, end_ids
 from elsteer.decoding import decode
 from elsteer.errors import ModelError, PromptError, SteeringError
 from elsteer.evaluation import capability as module
-from elsteer.evaluation.capability import Paired, _by_likelihood, _identity, capability
+from elsteer.evaluation.capability import TASKS, Paired, _by_likelihood, _identity, capability
 from elsteer.evaluation.capability_data import LETTERS, Choices, Fact, load_choices, load_facts
 from elsteer.evaluation.figures import read_figures
 from elsteer.evaluation.quality import Answer, kl_to_plain
@@ -430,3 +432,61 @@ def test_a_tokenizer_without_letters_is_refused(
     monkeypatch.setattr(module, "_ids", lambda tokenizer, text: [1, 2])
     with pytest.raises(ModelError, match="no single token for the letter A"):
         capability(*tiny, landscape, ["mmlu"], out=tmp_path, data_dir=data)
+
+
+# The command
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A run folder with a tiny model and its landscape."""
+    folder = save_tiny(tmp_path / "model")
+    model = tiny_model(max_position_embeddings=512)
+    tiny_landscape(model).save_pretrained(tmp_path / "run" / "landscape")
+    return folder
+
+
+def test_the_command_prints_a_table_and_writes_the_figures(saved: Path, data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    asked = ("capability", run / "landscape", "--model", saved, "--data-dir", data, "--limit", "4", "--batch-size", "4")
+    result = elsteer(*asked, "--strength", "8", "--max-new-tokens", "4")
+    assert result.exit_code == 0, result.output
+    for word in ("MMLU, right", "ARC-Challenge, right", "TruthfulQA MC1, right", "facts, right", "degenerate", "95%"):
+        assert word in result.stdout
+    assert "nats per token" in result.stdout
+    assert "times as long" in result.stdout
+    figures = read_figures(run / "capability.json")
+    assert {one.n for one in figures if one.name.endswith("_difference")} == {4}
+    assert figures[0].command.startswith("elsteer capability ")
+    again = elsteer(*asked, "--strength", "8", "--max-new-tokens", "4")
+    assert again.stdout == result.stdout
+
+
+def test_neutral_prompts_of_a_file_are_taken(saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "neutral.txt").write_text("Name a tree.\nName a river.\n", encoding="utf-8")
+    result = elsteer(
+        *("capability", tmp_path / "run" / "landscape", "--model", saved, "--task", "kl"),
+        *("--neutral", tmp_path / "neutral.txt", "--out", tmp_path / "out", "--max-new-tokens", "4"),
+    )
+    assert result.exit_code == 0, result.output
+    assert "On 2 neutral prompts" in result.stdout
+    assert len(lines(tmp_path / "out" / "capability" / "kl.jsonl")) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--task", "gsm8k"), "gsm8k"),
+        (("--task", "mmlu", "--data-dir", "/nowhere/at/all"), "data folder"),
+        (("--task", "kl", "--neutral", "nowhere.txt"), "nowhere.txt"),
+        (("--task", "kl", "--strength", "-1"), "negative"),
+        (("--task", "kl", "--limit", "0"), "limit"),
+    ],
+)
+def test_bad_options_are_one_sentence(saved: Path, tmp_path: Path, words: tuple[str, ...], expected: str) -> None:
+    result = elsteer("capability", tmp_path / "run" / "landscape", "--model", saved, "--out", tmp_path / "out", *words)
+    assert expected in one_sentence(result)
+
+
+def test_the_tasks_of_the_command_are_those_of_the_function() -> None:
+    assert command_module._TASKS == TASKS
