@@ -50,9 +50,12 @@ class TrainingSettings(_Settings):
         64, ge=0, description="Hidden units that training through the model gives to whether refusing is due."
     )
     refine_sharpness: float = Field(
-        8.0,
+        1.0,
         ge=0,
         description="Product: how sharply a step ends where the model does what is due already; 0: it does not.",
+    )
+    refine_still: float = Field(
+        0.1, ge=0, description="Weight of not moving where the model is right, in training through the model."
     )
     refine_due: bool = Field(
         False,

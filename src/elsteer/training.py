@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from elsteer.completions import Completion, read_completions
-from elsteer.energy.product import verdict_means
+from elsteer.energy.product import refusal_reader
 from elsteer.energy.refine import SteeredProducts
 from elsteer.energy.train import harm_direction, train
 from elsteer.errors import RunError
@@ -152,12 +152,10 @@ def _refined(
     refused = torch.tensor([one.label == "refusal" for one in completions])
     with TemporaryDirectory(dir=run.path) as folder:
         states = store.read(ids, tokens=1, layers=blocks, mapped=Path(folder) / "states")[0][:, 0]
-        products = SteeredProducts(
-            energies.tensors,
-            harm,
-            sides=_sides(energies.tensors, states, harmful, refused, scored),
-            sharpness=settings.training.refine_sharpness,
-        )
+        sharpness, reader = settings.training.refine_sharpness, None
+        if sharpness:
+            reader = _readers(energies.tensors, states, harmful, refused, scored, settings.training.ridge)
+        products = SteeredProducts(energies.tensors, harm, reader=reader, sharpness=sharpness)
         places = None
         if looked := min(settings.training.context_blocks, band[0]):
             contexts, known = through.contexts(range(band[0], band[-1] + 1), looked)
@@ -172,15 +170,20 @@ def _refined(
     return dataclasses.replace(energies, tensors=tensors, guards=guards)
 
 
-def _sides(
-    tensors: dict[int, dict[str, Tensor]], states: Tensor, harmful: Tensor, refused: Tensor, scored: Tensor
-) -> Tensor:
-    """(L, 2, d): means of the answered and of the refused states (n, L, d), standardised, by layer."""
+def _readers(
+    tensors: dict[int, dict[str, Tensor]],
+    states: Tensor,
+    harmful: Tensor,
+    refused: Tensor,
+    scored: Tensor,
+    ridge: float,
+) -> tuple[Tensor, Tensor]:
+    """(L, d) and (L,): the reader of each layer from states (n, L, d)."""
     found = []
     for at, layer in enumerate(sorted(tensors)):
-        mean, scale = tensors[layer]["mean"].double(), tensors[layer]["scale"].double()
-        found.append((verdict_means(states[:, at], harmful, refused, scored) - mean) / scale)
-    return torch.stack(found)
+        x = (states[:, at].float() - tensors[layer]["mean"]) / tensors[layer]["scale"]
+        found.append(refusal_reader(x, harmful, refused, scored, ridge=ridge))
+    return torch.stack([one for one, _ in found]), torch.stack([one for _, one in found])
 
 
 def _train(

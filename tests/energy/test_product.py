@@ -43,6 +43,8 @@ def drawn(size: int, seed: int, units: int = 0, sharpness: float = 0.0) -> dict[
     }
     if sharpness:
         tensors["sharpness"] = torch.tensor(sharpness)
+        tensors["weight"] = torch.cat([tensors["weight"], torch.randn(1, size, generator=generator) / size**0.5])
+        tensors["bias"] = torch.cat([tensors["bias"], torch.randn(1, generator=generator)])
     return tensors | ({"bend": torch.randn(units, generator=generator)} if units else {})
 
 
@@ -53,7 +55,7 @@ def guard_of(tensors: dict[str, Tensor], seed: int) -> Tensor:
 def by_autograd(tensors: dict[str, Tensor], states: Tensor, eta: float, steps: int, guard: Tensor | None) -> Tensor:
     """Gradient steps on the states in float64, E written out: each divided by the greater of |P grad E| and |P W'_v|.
 
-    With a guard, u is held, and each is divided by |P W'_v|.
+    With a guard, u and r are held, and each is divided by |P W'_v|.
     """
     one = {name: tensor.double() for name, tensor in tensors.items()}
     h = states.double()
@@ -68,10 +70,14 @@ def by_autograd(tensors: dict[str, Tensor], states: Tensor, eta: float, steps: i
         z = x @ one["weight"].T + one["bias"]
         u = z[:, 0]
         if "bend" in one:
-            u = u + (z[:, 2:] * torch.sigmoid(z[:, 2:])) @ one["bend"]
-        energy = -torch.tanh(u if guard is None else u.detach()) * z[:, 1]
+            inside = z[:, 2 : 2 + len(one["bend"])]
+            u = u + (inside * torch.sigmoid(inside)) @ one["bend"]
+        r = z[:, -1]
+        if guard is not None:
+            u, r = u.detach(), r.detach()
+        energy = -torch.tanh(u) * z[:, 1]
         if "sharpness" in one:
-            energy = 2 * torch.log1p(torch.exp(one["sharpness"] * energy)) / one["sharpness"]
+            energy = energy * 2 / (1 + torch.exp(one["sharpness"] * torch.tanh(u) * r))
         gradient = torch.autograd.grad(energy.sum(), h)[0] @ keep
         longest = torch.zeros(1) if guard is not None else gradient.norm(dim=1, keepdim=True)
         h = h - length * gradient / torch.maximum(longest, reach)
@@ -129,7 +135,8 @@ def test_states_that_are_all_the_same_give_no_nan() -> None:
 @settings(max_examples=40, deadline=None, derandomize=True)
 def test_slope_is_the_gradient_of_the_energy(size: int, units: int, sharpness: float, seed: int) -> None:
     tensors = drawn(size, seed, units, sharpness)
-    z = torch.randn(7, 2 + units, generator=torch.Generator().manual_seed(seed), requires_grad=True)
+    width = len(tensors["weight"])
+    z = torch.randn(7, width, generator=torch.Generator().manual_seed(seed), requires_grad=True)
     energy, slope = slope_of(tensors, z)
     (wanted,) = torch.autograd.grad(energy_of(tensors, z).sum(), z)
     torch.testing.assert_close(energy, energy_of(tensors, z))
@@ -170,13 +177,13 @@ def test_the_guarded_step_moves_towards_what_is_due_and_less_in_doubt() -> None:
     torch.testing.assert_close(delta.norm(dim=1), 0.1 * 1.7 * 32**0.5 * torch.tanh(u).abs(), rtol=1e-4, atol=1e-6)
 
 
-def test_a_sharp_step_is_long_where_the_model_is_wrong_and_short_where_it_is_right() -> None:
-    tensors = drawn(2, 0, sharpness=8.0) | {"mean": torch.zeros(2), "scale": torch.tensor(1.0), "bias": torch.zeros(2)}
-    tensors["weight"] = torch.eye(2)  # u and v are the two coordinates
-    guard = torch.tensor([[1.0], [0.0]])
+def test_a_step_is_long_where_the_model_is_wrong_and_short_where_it_is_right() -> None:
+    tensors = drawn(3, 0, sharpness=8.0) | {"mean": torch.zeros(3), "scale": torch.tensor(1.0), "bias": torch.zeros(3)}
+    tensors["weight"] = torch.eye(3)  # u, v and r are the three coordinates
+    guard = torch.tensor([[1.0], [0.0], [0.0]])
     # harmful and answered, harmful and refused, benign and refused, benign and answered, harmful and between the two
-    states = torch.tensor([[3.0, -0.5], [3.0, 0.5], [-3.0, 0.5], [-3.0, -0.5], [3.0, 0.0]])
-    delta = Descent(tensors, eta=0.1, steps=1, guard=guard).delta(states)[:, 1] / (0.1 * 2**0.5)
+    states = torch.tensor([[3, 0, -0.5], [3, 0, 0.5], [-3, 0, 0.5], [-3, 0, -0.5], [3, 0, 0.0]])
+    delta = Descent(tensors, eta=0.1, steps=1, guard=guard).delta(states)[:, 1] / (0.1 * 3**0.5)
     t = torch.tanh(torch.tensor(3.0))
     share = 2 / (1 + torch.exp(torch.tensor([-4.0, 4.0, -4.0, 4.0, 0.0]) * t))
     torch.testing.assert_close(delta, share * t * torch.tensor([1.0, 1.0, -1.0, -1.0, 1.0]))
@@ -199,8 +206,7 @@ def test_tensors_of_a_file_are_checked() -> None:
         {"weight": torch.zeros(3, 8)},
         {"bias": torch.zeros(3)},
         {"extra": torch.zeros(1)},
-        {"sharpness": torch.tensor(0.0)},
-        {"sharpness": torch.ones(2)},
+        {"sharpness": torch.tensor(8.0)},  # without the reader's row
         {"bend": torch.zeros(1)},
         {"context_weight": torch.zeros(2, 3, 5)},
         context | {"context_weight": torch.zeros(2, 3, 4)},
@@ -211,6 +217,12 @@ def test_tensors_of_a_file_are_checked() -> None:
     ):
         with pytest.raises(LandscapeError, match="layer 3"):
             check_tensors(3, tensors | damage, 8)
+
+
+@pytest.mark.parametrize("sharpness", [torch.tensor(0.0), torch.ones(2), torch.tensor(float("nan"))])
+def test_a_sharpness_that_means_nothing_is_an_error(sharpness: Tensor) -> None:
+    with pytest.raises(LandscapeError, match="harpness"):
+        check_tensors(3, drawn(8, 0, units=4, sharpness=8.0) | {"sharpness": sharpness}, 8)
 
 
 def test_the_guard_holds_the_harm_direction_and_what_is_due() -> None:

@@ -10,7 +10,7 @@ G = W' P W'^T (r x r, precomputed) and eta the step's length in units of h:
 For a product energy (`elsteer.energy.product`) with a guard, u is held: s is the slope by v alone, so that no step changes
 whether refusing is due, and G and W' keep the rows that this takes. The step is shorter where u is in doubt: the divisor is
 max(|P grad_h E|, |P W'_v|), and |P grad_h E| = |tanh u| |P W'_v|. So it is |P W'_v|, and a step adds (eta / |P W'_v|) tanh u
-times P W'_v. A sharpness multiplies that by 2 sigmoid(-k tanh(u) v), the divisor unchanged.
+times P W'_v. With a sharpness r is held as u is, and the need g multiplies the step, the divisor unchanged.
 
 The guard keeps h's coordinates along U, so steering may change the decision but not what the model thinks the request is.
 Exact, not an approximation: equal to K normalised gradient steps on h by autograd. After DESIGN's derivation of ELS

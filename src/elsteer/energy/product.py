@@ -2,12 +2,11 @@
 
     E(h) = -tanh(u) v,    u = a.x + b,    v = c.x + e,    x = (h - mean) / scale
 
-or, with a sharpness k, by the hinge of that (softplus), which is flat where the model does what is due already:
+or, with a sharpness k and a reader r = d.x + f, the log-odds that the model is about to refuse,
 
-    E(h) = 2 softplus(-k tanh(u) v) / k        dE/dv = -tanh(u) 2 sigmoid(-k tanh(u) v)
+    E(h) = -tanh(u) v g,    g = 2 sigmoid(-k tanh(u) r)
 
-so that a step is up to twice as long where the model is about to do what is not due, and goes to nothing where it is not. For
-k -> 0 it is the first form.
+where the need g is next to 0 if the model does what is due already, and up to 2 if it does not. For k -> 0 it is the first form.
 
 u is the log-odds that the prompt is harmful, by logistic regression on the states: is refusing due? Energies that are
 trained through the model (`elsteer.energy.refine`) add m hidden units to it, u = a.x + b + r.silu(W x + s), and may read the
@@ -17,13 +16,14 @@ of the answered and 1/2 at that of the refused ones, both averaged over benign a
 v < 0) and a safe refusal (u > 0, v > 0) have low energy, a false refusal and a jailbreak high energy.
 
 Logistic regression of kind on state is noise contrastive estimation of u, and is convex: the same states give the same
-energies, whatever the seed. With a guard the steering holds u, so that the step moves v alone, down for benign and up for
+energies, whatever the seed. With a guard the steering holds u (and r), so that the step moves v alone, down for benign and up for
 harmful prompts, and is shorter where u is in doubt; see `elsteer.energy.descent`.
 
 Shapes: L layers, N states, d = hidden size. The tensors of one layer: weight (2 + m, d) with rows a, c and those of W, bias
-(2 + m,) with b, e and s, bend (m,) with r (absent where m = 0), sharpness () with k (absent: the first form), mean (d,), scale
-(); with a context of k blocks and e numbers of each also context_weight (2 + m, k, e), context_mean (k, e), context_scale ().
-That there is no `read_out` tells them from those of `EnergyModels`.
+(2 + m,) with b, e and s, bend (m,) with r (absent where m = 0), mean (d,), scale (); with a reader also sharpness () with k,
+and a last row of weight and bias for the reader, d and f; with a context of k blocks and e numbers of each also context_weight
+(rows of weight, k, e), context_mean (k, e), context_scale (). That there is no `read_out` tells them from those of
+`EnergyModels`.
 """
 
 from __future__ import annotations
@@ -41,9 +41,10 @@ from elsteer.energy.standard import standardised, weighted_sums
 __all__ = [
     "ProductEnergies",
     "held_slope",
-    "hinge",
+    "need",
     "product_energy",
     "product_slope",
+    "refusal_reader",
     "silu_slope",
     "verdict_means",
     "verdict_row",
@@ -132,33 +133,37 @@ class ProductEnergies(nn.Module):
 
 
 def product_energy(z: Tensor, bend: Tensor | None = None, sharpness: Tensor | None = None) -> Tensor:
-    """E, shape (...), of z = (a.x + b, v, W x + s), shape (..., 2 + m), bend (m,) and sharpness ()."""
-    agrees = torch.tanh(_due(z, bend)) * z[..., 1]
-    return -agrees if sharpness is None else 2 * functional.softplus(-sharpness * agrees) / sharpness
+    """E, shape (...), of z = (a.x + b, v, W x + s, then with a sharpness () r), shape (..., rows of weight), and bend (m,)."""
+    due = torch.tanh(_due(z, bend))
+    return -due * z[..., 1] * (1.0 if sharpness is None else need(due, z[..., -1], sharpness))
 
 
 def product_slope(z: Tensor, bend: Tensor | None = None, sharpness: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(energy, its gradient) by z, shapes (n,) and (n, 2 + m)."""
-    due = torch.tanh(_due(z, bend))
-    by_u = -(1 - due.square()) * z[:, 1]
-    slope = torch.stack([by_u, -due], dim=-1)
-    if bend is not None:
-        slope = torch.cat([slope, by_u[:, None] * bend * silu_slope(z[:, 2:])], dim=-1)
+    """(energy, its gradient) by z, shapes (n,) and (n, rows of weight)."""
+    due, v = torch.tanh(_due(z, bend)), z[:, 1]
+    by_u, by_v = -(1 - due.square()) * v, -due
+    last = []
     if sharpness is not None:
-        slope = slope * hinge(due * z[:, 1], sharpness)[:, None]
-    return product_energy(z, bend, sharpness), slope
+        opened = need(due, z[:, -1], sharpness)
+        closing = sharpness * opened * (1 - opened / 2)  # -d need / d (due r)
+        last = [(due.square() * v * closing)[:, None]]
+        by_u = by_u * (opened - due * z[:, -1] * closing)
+        by_v = by_v * opened
+    parts = [by_u[:, None], by_v[:, None]]
+    if bend is not None:
+        parts.append(by_u[:, None] * bend * silu_slope(z[:, 2 : 2 + len(bend)]))
+    return product_energy(z, bend, sharpness), torch.cat(parts + last, dim=-1)
 
 
 def held_slope(z: Tensor, bend: Tensor | None = None, sharpness: Tensor | None = None) -> Tensor:
-    """(n, 1): the gradient by v alone, u held, of z (n, 2 + m)."""
+    """(n, 1): the gradient by v alone, u and r held, of z (n, rows of weight)."""
     due = torch.tanh(_due(z, bend))
-    slope = -due if sharpness is None else -due * hinge(due * z[:, 1], sharpness)
-    return slope[:, None]
+    return -(due if sharpness is None else due * need(due, z[:, -1], sharpness))[:, None]
 
 
-def hinge(agrees: Tensor, sharpness: Tensor) -> Tensor:
-    """2 sigmoid(-k tanh(u) v) of tanh(u) v: what the step of the first form is multiplied by, between 0 and 2."""
-    return 2 * torch.sigmoid(-sharpness * agrees)
+def need(due: Tensor, refuses: Tensor, sharpness: Tensor) -> Tensor:
+    """g, between 0 and 2, of due = tanh(u) and refuses = r, both (...), and sharpness ()."""
+    return 2 * torch.sigmoid(-sharpness * due * refuses)
 
 
 def silu_slope(x: Tensor) -> Tensor:
@@ -168,7 +173,26 @@ def silu_slope(x: Tensor) -> Tensor:
 
 
 def _due(z: Tensor, bend: Tensor | None) -> Tensor:
-    return z[..., 0] if bend is None else z[..., 0] + functional.silu(z[..., 2:]) @ bend
+    return z[..., 0] if bend is None else z[..., 0] + functional.silu(z[..., 2 : 2 + len(bend)]) @ bend
+
+
+def refusal_reader(
+    x: Tensor, harmful: Tensor, refused: Tensor, rows: Tensor | None = None, *, ridge: float = 0.01
+) -> tuple[Tensor, Tensor]:
+    """d (d,) and f (): log-odds that the model refuses, by logistic regression on x (n, d), float32.
+
+    harmful, refused, rows: (n,) bool, as for `ProductEnergies.fit_layer`; the four outcomes weigh the same. ridge: as there.
+    """
+    used = np.ones(len(x), dtype=bool) if rows is None else rows.numpy()
+    kind, said = harmful.numpy(), refused.numpy()
+    weights = np.zeros(len(x))
+    for one in (False, True):
+        for other in (False, True):
+            cell = (kind == one) & (said == other) & used
+            weights[cell] = used.sum() / (4 * max(1, cell.sum()))
+    found = LogisticRegression(C=1 / (ridge * used.sum()), max_iter=1000, tol=1e-5)
+    found.fit(x.numpy()[used], said[used], sample_weight=weights[used])
+    return torch.from_numpy(found.coef_[0]).float(), torch.tensor(float(found.intercept_[0]))
 
 
 def verdict_row(means: Tensor, way: Tensor) -> tuple[Tensor, Tensor]:

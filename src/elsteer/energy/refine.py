@@ -8,10 +8,11 @@ given the right verdict, and sharpened so that tokens that begin both kinds of a
     q(t) ~ p(t) w(t)^4             harmful prompts
     q(t) ~ p(t) (1 - w(t))^4       benign prompts
 
-The loss is KL(q || p steered), plus `refine_stay` times KL(p || p steered) in so far as the model was right before. So a
-prompt that gets the right verdict already asks for no change, and the words that an answer begins with stay the model's own.
-The gradient reaches, through the blocks after them, the direction c (does the model refuse), the length of the step, and the
-offset b of u (is refusing due), of every steered block. No weight of the model is touched.
+The loss is KL(q || p steered), plus `refine_stay` times KL(p || p steered) and `refine_still` times the mean over the layers of
+(tanh(u) g)^2, both in so far as the model was right before. So a prompt that gets the right verdict already asks for no change,
+the words that an answer begins with stay the model's own, and the need g (`elsteer.energy.product`) learns to be small there.
+The gradient reaches, through the blocks after them, the direction c (does the model refuse), the reader of the need, the length
+of the step, and the offset b of u (is refusing due), of every steered block. No weight of the model is touched.
 
 Whether refusing is due is what a state tells worst: prompts that differ by a word differ little. So u gets `refine_units` hidden
 units first, u = a.x + b + r.silu(W x + s), and on request sees the context of the state (`elsteer.energy.context`): x is then
@@ -39,7 +40,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from elsteer.decoding import PromptBatch, first_logits, plain_model
-from elsteer.energy.product import hinge, verdict_means, verdict_row
+from elsteer.energy.product import need, verdict_means, verdict_row
 from elsteer.errors import RunError
 from elsteer.models import decoder_blocks
 from elsteer.settings import TrainingSettings
@@ -57,15 +58,14 @@ class SteeredProducts(nn.Module):
     """The trainable form of the product energies of `layers`: their directions, offsets and lengths.
 
     tensors: by layer, as `ProductEnergies.tensors_of` gives them. harm: by layer, the direction (d,) that the guard holds
-    besides a. length: of every step at the start, in units of AS_TRAINED * scale * sqrt(d). sharpness: k of the hinge, 0 for
-    none; it asks for sides, (L, 2, d), the means of the answered and of the refused states of each layer (`verdict_means`),
-    standardised, which say where v is -1/2 and 1/2.
+    besides a. length: of every step at the start, in units of AS_TRAINED * scale * sqrt(d). sharpness: k of the need, 0 for
+    none; it asks for reader, d (L, d) and f (L,) that r starts from (`refusal_reader`).
     """
 
     mean: Tensor
-    sides: Tensor | None
     scale: Tensor
     harm: Tensor
+    read_length: Tensor
     contexts: Tensor
 
     def __init__(
@@ -74,12 +74,11 @@ class SteeredProducts(nn.Module):
         harm: Mapping[int, Tensor],
         length: float = 0.8,
         *,
-        sides: Tensor | None = None,
+        reader: tuple[Tensor, Tensor] | None = None,
         sharpness: float = 0.0,
     ) -> None:
         super().__init__()
         self.sharpness = sharpness
-        self.register_buffer("sides", None if sides is None else sides.float())
         self._context: tuple[Tensor, Tensor] | None = None  # mean (L, k, e) and scale (L,)
         self.layers = sorted(tensors)
         names = ("weight", "bias", "mean", "scale")
@@ -96,6 +95,14 @@ class SteeredProducts(nn.Module):
         self.bend = nn.Parameter(torch.stack(bends).float())  # r, (L, m)
         self.log_length = nn.Parameter(torch.full((len(self.layers),), math.log(length)))
         self.unit = AS_TRAINED * math.sqrt(mean.shape[1])
+        self.pushes: list[Tensor] = []  # tanh(u) g of the latest pass, (B,) by layer
+        if sharpness:
+            if reader is None:
+                raise ValueError("the need reads whether the model refuses: give the reader that it starts from")
+            length_of = reader[0].float().norm(dim=1).clamp_min(1e-12)
+            self.register_buffer("read_length", length_of)
+            self.read = nn.Parameter(reader[0].float() / length_of[:, None])  # d, over its length at the start
+            self.read_offset = nn.Parameter(reader[1].float().clone())  # f
 
     @torch.no_grad()
     def see(self, contexts: Tensor, known: Tensor) -> None:
@@ -175,13 +182,8 @@ class SteeredProducts(nn.Module):
 
         places: (B,) of the states' prompts, where u reads their contexts.
         """
-        along = self.directions()
-        steps = (self.log_length.exp() * self.scale * self.unit)[:, None] * along
-        middle = apart = None
-        if self.sharpness and self.sides is not None:
-            middle = (self.sides.mean(dim=1) * along).sum(dim=1)
-            apart = ((self.sides[:, 1] - self.sides[:, 0]) * along).sum(dim=1)
-            apart = torch.where(apart > 1e-6, apart, 1.0)  # as `verdict_row`
+        steps = (self.log_length.exp() * self.scale * self.unit)[:, None] * self.directions()
+        self.pushes = []
 
         def one(at: int) -> Callable[[Tensor], Tensor]:
             parts = self.mean[at], self.scale[at], self.due[at], self.offset[at], steps[at]
@@ -194,9 +196,10 @@ class SteeredProducts(nn.Module):
                 seen = x if self._context is None else torch.cat([x, self.contexts[places, at].to(x)], dim=1)
                 u = seen @ due + offset + nn.functional.silu(seen @ units.T + thresholds) @ bend
                 push = torch.tanh(u)
-                if middle is not None and apart is not None:
-                    v = (x @ along[at].to(x) - middle[at].to(x)) / apart[at].to(x)
-                    push = push * hinge(push * v, x.new_tensor(self.sharpness))
+                if self.sharpness:
+                    refuses = (x @ self.read[at].to(x)) * self.read_length[at].to(x) + self.read_offset[at].to(x)
+                    push = push * need(push, refuses, x.new_tensor(self.sharpness))
+                self.pushes.append(push)
                 return (push[:, None] * step).to(states.dtype)
 
             return move
@@ -219,9 +222,14 @@ class SteeredProducts(nn.Module):
             weight = torch.cat([self.due[at][None], torch.zeros_like(self.due[at])[None], self.units[at]])
             weight, more = weight[:, : states.shape[2]].clone(), weight[:, states.shape[2] :]
             weight[1] = c.float()
+            bias = torch.cat([self.offset[at][None], e.float()[None], self.thresholds[at]])
+            if self.sharpness:
+                weight = torch.cat([weight, self.read_length[at] * self.read[at][None]])
+                bias = torch.cat([bias, self.read_offset[at][None]])
+                more = torch.cat([more, torch.zeros_like(more[:1])])
             found[layer] = {
                 "weight": weight,
-                "bias": torch.cat([self.offset[at][None], e.float()[None], self.thresholds[at]]),
+                "bias": bias,
                 "mean": self.mean[at].clone(),
                 "scale": self.scale[at].clone(),
                 "length": self.log_length[at].exp(),
@@ -287,6 +295,8 @@ def refine(
     for parameter in of_due:
         parameter.requires_grad_(settings.refine_due)
     slow, fast = [products.turn, *(of_due if settings.refine_due else [])], [products.offset, products.log_length]
+    if products.sharpness:
+        slow, fast = [*slow, products.read], [*fast, products.read_offset]
     optimiser = torch.optim.AdamW([{"params": slow, "lr": rate}, {"params": fast, "lr": 10 * rate}], weight_decay=0.0)
     total = len(batches) * epochs
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -313,9 +323,10 @@ def refine(
                         plain[number] = _Plain.of(first_logits(model, batch), refusing)
                 with torch.enable_grad(), _moving(model, products.moves(places)):
                     after = plain[number].seen_by(first_logits(model, batch))
-                    each = _losses(
-                        plain[number], after, harmful[places].to(after.device), refusing, settings.refine_stay
-                    )
+                    kinds = harmful[places].to(after.device)
+                    each, right = _losses(plain[number], after, kinds, refusing, settings.refine_stay)
+                    moved = torch.stack([push.to(each) for push in products.pushes]).square().mean(dim=0)
+                    each = each + settings.refine_still * right * moved
                     loss = (weights[places].to(each.device) * each).mean()
                     optimiser.zero_grad(set_to_none=True)
                     loss.backward()
@@ -359,15 +370,15 @@ def _refusing(model: PreTrainedModel, batches: Sequence[PromptBatch], labels: Se
     return found
 
 
-def _losses(plain: _Plain, after: Tensor, harmful: Tensor, refusing: Tensor, stay: float) -> Tensor:
-    """(B,) losses of the module's text."""
+def _losses(plain: _Plain, after: Tensor, harmful: Tensor, refusing: Tensor, stay: float) -> tuple[Tensor, Tensor]:
+    """(B,) losses of the module's text, without the last, and how far the model was right before, (B,)."""
     w = torch.cat([refusing[plain.tokens], refusing.new_zeros(len(after), 1)], dim=1)
     share = torch.where(harmful[:, None], w, 1 - w).clamp_min(_LEAST)
     wanted = (plain.logs + _SHARPNESS * share.log()).log_softmax(dim=-1)
     change = (wanted.exp() * (wanted - after)).sum(dim=-1)
     refuses = (plain.logs.exp() * w).sum(dim=-1)
     right = torch.where(harmful, refuses, 1 - refuses)
-    return change + stay * right * (plain.logs.exp() * (plain.logs - after)).sum(dim=-1)
+    return change + stay * right * (plain.logs.exp() * (plain.logs - after)).sum(dim=-1), right
 
 
 @contextmanager

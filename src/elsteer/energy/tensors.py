@@ -29,7 +29,8 @@ def check_tensors(layer: int, tensors: dict[str, Tensor], hidden_size: int) -> N
         wanted |= {"norm_weight": (width,), "norm_bias": (width,)}
     context = {"context_weight", "context_mean", "context_scale"}
     product = "read_out" not in tensors and tensors.keys() <= wanted.keys() | context | {"length", "bend", "sharpness"}
-    product = product and (width > 2 if "bend" in tensors else width == 2)
+    rows = 3 if "sharpness" in tensors else 2  # besides those of the hidden units
+    product = product and (width > rows if "bend" in tensors else width == rows)
     if product:
         wanted |= {name: () for name in ("length", "sharpness") if name in tensors}
     if product and context & tensors.keys():
@@ -40,7 +41,7 @@ def check_tensors(layer: int, tensors: dict[str, Tensor], hidden_size: int) -> N
                 f"The energy model of layer {layer} reads a context of {blocks}, not of 1 to {layer} blocks."
             )
     if product and "bend" in tensors:
-        wanted["bend"] = (width - 2,)
+        wanted["bend"] = (width - rows,)
     at = 0
     while (found := tensors.get(f"hidden_weights.{at}")) is not None:
         out = found.shape[0] if found.dim() == 2 else 0
