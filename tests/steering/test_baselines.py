@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from elsteer.errors import ElsteerError, RunError
+from elsteer.completions import read_completions
+from elsteer.errors import ElsteerError, NothingHelps, RunError
+from elsteer.files import read_jsonl
+from elsteer.fitting import fit
+from elsteer.judges import JUDGES
+from elsteer.models import encode_chat
+from elsteer.prompts import Prompt
 from elsteer.steering.evidence import OUTCOMES, Evidence
 from elsteer.steering.methods.ablation import RemoveDirection, refusal_direction
 from elsteer.steering.methods.alphasteer import NullSpaceMap, null_space_reader
@@ -23,6 +30,7 @@ from elsteer.steering.methods.els_paper import PaperNetwork, PaperSteps, els_pap
 from elsteer.steering.methods.k_steering import ClassifierSteps, train_classifier
 from elsteer.steering.methods.layers import band, choices, per_row, singles
 from elsteer.steering.methods.surgical import false_refusal_direction
+from pipelines import LetterJudge, some_prompts, speaker, tiny_settings
 from tiny import tiny_model
 
 close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
@@ -75,6 +83,32 @@ def test_means_by_outcome_and_spread() -> None:
         means.of("jailbreak")
     evidence.means(0)
     assert evidence._store.reads == 1  # type: ignore[attr-defined]
+
+
+def test_the_evidence_of_a_run_is_its_training_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(JUDGES, "letters", LetterJudge)
+    model, tokenizer = speaker()
+    with contextlib.suppress(NothingHelps):
+        fit(model, tokenizer, some_prompts(120), run_dir=tmp_path / "run", settings=tiny_settings())
+    evidence = Evidence.of_run(tmp_path / "run")
+    rows = {row["id"]: row for row in read_jsonl(tmp_path / "run" / "prompts.jsonl") if row["split"] == "train"}
+    known = read_completions(tmp_path / "run" / "glimpses.jsonl") | read_completions(
+        tmp_path / "run" / "completions.jsonl"
+    )
+    ids = list(evidence._ids)
+    assert set(ids) == {one for one in rows if known[one].label != "unscored"}
+    assert evidence.harmful.tolist() == [rows[one]["harmful"] for one in ids]
+    assert evidence.refused.tolist() == [known[one].label == "refusal" for one in ids]
+    assert evidence.depth == model.config.num_hidden_layers
+    assert evidence.folder == tmp_path / "run" / "baselines"
+    ids_of = encode_chat(
+        tokenizer, list(Prompt.from_row({k: v for k, v in rows[ids[3]].items() if k != "split"}).messages)
+    )
+    with torch.inference_mode():
+        hidden = model(input_ids=torch.tensor([ids_of]), output_hidden_states=True).hidden_states
+    torch.testing.assert_close(evidence.states(2)[3], hidden[2][0, -1], rtol=1e-2, atol=1e-2)
+    with pytest.raises(RunError, match=r"settings\.yaml"):
+        Evidence.of_run(tmp_path)
 
 
 def test_outcomes_are_told_apart() -> None:
