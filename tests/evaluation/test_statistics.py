@@ -10,11 +10,14 @@ import pytest
 from elsteer.evaluation.statistics import (
     JudgeAccuracy,
     corrected_rate,
+    detectable_difference,
+    holm,
     mcnemar_exact,
     mean_bootstrap,
     paired_difference,
     ratio_bootstrap,
     removed,
+    removed_difference,
     wilson,
 )
 
@@ -238,3 +241,31 @@ def test_a_judges_accuracy_is_its_share_of_right_words() -> None:
     assert judge.accuracy.value == pytest.approx(250 / 300)
     assert judge.sensitivity.value == pytest.approx(0.9)
     assert judge.specificity.value == pytest.approx(0.8)
+
+
+def test_holm_by_hand() -> None:
+    """Of .01, .04, .03: .01 x 3; .03 x 2; .04 x 1, not below the one before."""
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_a_difference_of_what_was_removed_by_hand() -> None:
+    plain = [True] * 8 + [False] * 4
+    one = [True] * 2 + [False] * 10  # 6 of 8 removed
+    other = [True] * 4 + [False] * 7 + [True]  # 4 removed, 1 new: 3 of 8
+    found = removed_difference(plain, one, other)
+    assert found.value == pytest.approx(6 / 8 - 3 / 8)
+    assert found.low < found.value < found.high
+    assert not removed_difference([False], [False], [True]).defined
+
+
+def test_the_detectable_difference_has_the_power_that_it_claims() -> None:
+    """Simulated: pairs that differ in 20% of the cases, by the difference that 300 of them should show 4 times in 5."""
+    n, changed = 300, 0.2
+    d = detectable_difference(n, changed)
+    cells = np.random.default_rng(0).multinomial(n, [(changed + d) / 2, (changed - d) / 2, 1 - changed], size=4000)
+    z = (cells[:, 0] - cells[:, 1]) / np.sqrt(np.maximum(1, cells[:, 0] + cells[:, 1]))
+    assert float((np.abs(z) > 1.96).mean()) == pytest.approx(0.8, abs=0.03)
+    assert math.isnan(detectable_difference(5, 0.05))
+    assert detectable_difference(1000, 0.2) < d

@@ -12,17 +12,20 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy import optimize, stats
 
 __all__ = [
     "Interval",
     "JudgeAccuracy",
     "corrected_rate",
+    "detectable_difference",
+    "holm",
     "mcnemar_exact",
     "mean_bootstrap",
     "paired_difference",
     "ratio_bootstrap",
     "removed",
+    "removed_difference",
     "wilson",
 ]
 
@@ -156,6 +159,55 @@ def removed(
     kept = drawn_plain > 0
     low, high = _percentiles(1 - drawn_steered[kept] / drawn_plain[kept], level)
     return Interval.around(value, low, high, n)
+
+
+def removed_difference(
+    plain_refused: ArrayLike,
+    one_refused: ArrayLike,
+    other_refused: ArrayLike,
+    seed: int = 0,
+    resamples: int = 10_000,
+    level: float = 0.95,
+) -> Interval:
+    """`removed` by one method less `removed` by another, over the same rows: (other - one) / plain refusals.
+
+    All booleans, shape (n,), paired by position. Percentile bootstrap over rows. Undefined where the plain model refused none.
+    """
+    plain, one, other = (np.asarray(each, dtype=bool) for each in (plain_refused, one_refused, other_refused))
+    if not plain.any():
+        return Interval.undefined(len(plain))
+    return ratio_bootstrap(other.astype(float) - one.astype(float), plain.astype(float), seed, resamples, level)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjusted p-values of a family of comparisons, in their order (Holm 1979, Scand. J. Stat. 6:65).
+
+    The i-th smallest of m is multiplied by m - i + 1, never less than the one before it and at most 1.
+    """
+    order = sorted(range(len(p_values)), key=lambda at: p_values[at])
+    found, least = [1.0] * len(p_values), 0.0
+    for rank, at in enumerate(order):
+        least = max(least, min(1.0, (len(order) - rank) * p_values[at]))
+        found[at] = least
+    return found
+
+
+def detectable_difference(n: int, changed: float, power: float = 0.8, level: float = 0.95) -> float:
+    """The least paired difference of two rates that n pairs show with this `power`, where `changed` of them differ.
+
+    d with n = (z_a sqrt(changed) + z_b sqrt(changed - d^2))^2 / d^2, the power of McNemar's test (Connor 1987, Biometrics
+    43:207). NaN where no difference is large enough (it cannot exceed `changed`).
+    """
+    if n <= 0 or not 0 < changed <= 1:
+        return math.nan
+    z_a, z_b = stats.norm.ppf(0.5 + level / 2), stats.norm.ppf(power)
+
+    def lacking(d: float) -> float:
+        return float((z_a * math.sqrt(changed) + z_b * math.sqrt(max(0.0, changed - d * d))) ** 2 / d**2 - n)
+
+    if lacking(changed) > 0:
+        return math.nan
+    return float(optimize.brentq(lacking, 1e-9, changed))
 
 
 def mean_bootstrap(values: ArrayLike, seed: int = 0, resamples: int = 10_000, level: float = 0.95) -> Interval:
