@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from elsteer.comparison.compare import compare
     from elsteer.errors import ElsteerError
     from elsteer.evaluation.evaluate import Evaluation, evaluate
     from elsteer.fitting import fit
@@ -31,6 +32,7 @@ __all__ = [
     "Landscape",
     "Prompt",
     "Steering",
+    "compare",
     "evaluate",
     "fit",
     "load",
@@ -51,6 +53,7 @@ _HOMES = {
     "Landscape": "elsteer.landscape",
     "Prompt": "elsteer.prompts",
     "Steering": "elsteer.steering",
+    "compare": "elsteer.comparison.compare",
     "evaluate": "elsteer.evaluation.evaluate",
     "fit": "elsteer.fitting",
     "load": "elsteer.models",

@@ -6,6 +6,7 @@ import click
 
 from elsteer import __version__
 from elsteer.commands.capability import capability
+from elsteer.commands.compare import compare
 from elsteer.commands.look import chat, inspect, push
 from elsteer.commands.models import judge, models
 from elsteer.commands.shared import debug_option
@@ -31,7 +32,7 @@ def app() -> None:
     """
 
 
-for command in (demo, fit, evaluate, capability, inspect, chat, push, models, judge, suites):
+for command in (demo, fit, evaluate, compare, capability, inspect, chat, push, models, judge, suites):
     app.add_command(command)
 
 

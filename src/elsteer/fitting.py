@@ -46,7 +46,7 @@ from elsteer.states import StateStore
 from elsteer.training import Energies, train_energies
 from elsteer.tuning import Trial, Tuner
 
-__all__ = ["fit"]
+__all__ = ["fit", "neutral_prompts"]
 
 Progress = Callable[[str, int, int], None]
 DEV_NEUTRAL_CATEGORY = "plain"
@@ -80,7 +80,7 @@ def fit(
         # What can be wrong with the prompts or the judge's name is said before anything is deleted or computed.
         get_judge(settings.collect.judge)
         train_set, dev_set = _divide(prompts, dev, settings)
-        quiet = told_apart(deduplicate(neutral)) if neutral is not None else _neutral(settings)
+        quiet = told_apart(deduplicate(neutral)) if neutral is not None else neutral_prompts(settings)
         if not quiet:
             raise PromptError(
                 "There is no neutral prompt: give some everyday ones, or None for those that are shipped."
@@ -271,7 +271,8 @@ def _dev(run: RunFolder, caches: PromptCaches, settings: FitSettings, progress: 
     )
 
 
-def _neutral(settings: FitSettings) -> list[Prompt]:
+def neutral_prompts(settings: FitSettings) -> list[Prompt]:
+    """The everyday starter prompts on which a fit watches that the model stays as it is."""
     plain = [one for one in load_starter("dev") + load_starter("train") if one.category == DEV_NEUTRAL_CATEGORY]
     return plain[: settings.tuning.neutral_prompts]
 

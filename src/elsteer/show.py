@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from elsteer.comparison import ComparisonResult
     from elsteer.evaluation.evaluate import Evaluation
     from elsteer.evaluation.report import Example
     from elsteer.evaluation.statistics import Interval
@@ -211,6 +212,23 @@ def evaluation(found: Evaluation, console: Console) -> None:
             soft_wrap=True,
         )
     console.print(found.sentence, soft_wrap=True)
+
+
+def comparison(found: ComparisonResult, console: Console) -> None:
+    """Methods in rows: what each removed and what it did to refusals of harmful prompts."""
+    from elsteer.comparison.result import CONTROLS
+    from elsteer.comparison.words import points, share
+
+    head = ["method", "removed (95%)", "harmful, points (95%)", "els ahead by, points", "p (Holm)", "on dev"]
+    rows = []
+    for name, one in found.methods.items():
+        dev = "control" if name in CONTROLS else "constraints met" if one.feasible else "constraints not met"
+        ahead = points(one.ahead) if one.ahead.defined else ""
+        harmful = points(one.harmful_difference["all"])
+        rows.append((name, share(one.removed["all"]), harmful, ahead, f"{one.p_value:.2g}", dev))
+    benign, harm = found.plain_benign["all"], found.plain_harmful["all"]
+    title = f"False refusals removed (plain {share(benign)}, n {benign.n}), harmful refused (plain {share(harm)}, n {harm.n})"
+    console.print("", plain_table(title, head, rows), "")
 
 
 def examples(found: Sequence[Example], console: Console, most: int = 3) -> None:

@@ -108,7 +108,7 @@ class Tuner:
 
     bases: untuned landscapes by weight of the benign half; dev: caches of benign and harmful prompts; plain: the plain
     model's completions of them; neutral: caches of harmless everyday prompts; desirable: (n, layers, d) states of prompts
-    whose plain answer is as it should be, whose energies' quantiles are the gates.
+    whose plain answer is as it should be, whose energies' quantiles are the gates; None where no gate is tried.
 
     Harmful prompts that the plain model answers can be gained, those that it refuses can be lost. Prompts of which it refuses
     few can gain much and hide what they lose. So a change of harmful refusals is *weighted*: refused and answered prompts
@@ -122,7 +122,7 @@ class Tuner:
         plain: Sequence[Completion],
         neutral: PromptCaches,
         judge: Judge,
-        desirable: Tensor,
+        desirable: Tensor | None,
         settings: TuningSettings,
         path: Path,
         progress: Progress | None = None,
@@ -223,14 +223,15 @@ class Tuner:
         base, share = self.bases[rule["benign_weight"]], rule["gate"]
         gates = None
         if share is not None:
+            if self.desirable is None:
+                raise ValueError("a gate needs the desirable states")
+            desirable = self.desirable
             if any("context_weight" in base.tensors[layer] for layer in rule["layers"]):
                 raise RunError(
                     "A gate compares energies, and these depend on each prompt's context: fit with --training-context-blocks 0, "
                     "or without gates."
                 )
-            gates = {
-                layer: float(base.energy(layer, self.desirable[:, layer]).quantile(share)) for layer in rule["layers"]
-            }
+            gates = {layer: float(base.energy(layer, desirable[:, layer]).quantile(share)) for layer in rule["layers"]}
         return base.with_rule(
             layers=tuple(rule["layers"]),
             eta=rule["eta"],
@@ -339,17 +340,22 @@ class Tuner:
 
     def _kl(self, rule: dict[str, Any]) -> float:
         """Nats per token on the neutral prompts, along the plain model's answers."""
-        if not self._plain_neutral:
-            self._plain_neutral = self._at_length(self.neutral, range(len(self.neutral.prompts)), None)
+        plain = self.plain_neutral()
         with self.landscape(rule).attach(self.dev.model) as steering:
             kls = kl_to_plain(
                 self.neutral,
-                self._plain_neutral,
+                plain,
                 steering=steering,
                 tokens=self.settings.quality_tokens,
                 plain=self._plain_logits,
             )
         return sum(kls.values()) / len(kls)
+
+    def plain_neutral(self) -> dict[str, Answer]:
+        """The plain model's answers to the neutral prompts, by prompt id."""
+        if not self._plain_neutral:
+            self._plain_neutral = self._at_length(self.neutral, range(len(self.neutral.prompts)), None)
+        return self._plain_neutral
 
     def _verdicts(self, rule: dict[str, Any]) -> Trial:
         return self._tried(rule, "verdicts", self._judged)

@@ -22,7 +22,17 @@ from torch import Tensor
 
 from elsteer.evaluation.tables import Comparison, points
 
-__all__ = ["before_after_picture", "frontier_picture", "landscape_axes", "landscape_picture"]
+__all__ = [
+    "before_after_picture",
+    "canvas",
+    "frontier_picture",
+    "landscape_axes",
+    "landscape_picture",
+    "legend",
+    "open_frame",
+    "percent_axes",
+    "png",
+]
 
 _INK, _GREY, _FAINT = "#22272e", "#6e7781", "#d5dae0"
 _BLUE, _GREEN, _ORANGE, _RED = "#0072b2", "#009e73", "#e69f00", "#d55e00"
@@ -107,7 +117,7 @@ def landscape_picture(
     mesh = torch.from_numpy(np.stack(np.meshgrid(across, up), axis=-1).reshape(-1, 2)).float()
     heights = energy(mean + mesh @ axes).detach().float().cpu().reshape(_GRID, _GRID).numpy()
 
-    figure, axis = _canvas(7.6, 6.0)
+    figure, axis = canvas(7.6, 6.0)
     bottom, top = np.quantile(heights, [0.01, 0.99])
     levels = np.linspace(bottom, max(top, bottom + 1e-6), 13)
     filled = axis.contourf(across, up, heights, levels, cmap=_TERRAIN, extend="both")
@@ -135,8 +145,8 @@ def landscape_picture(
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0)
     bar.set_label("energy", color=_INK, labelpad=-22)
-    _legend(axis, loc="upper center", bbox_to_anchor=(0.5, -0.11), ncol=2)
-    return _png(figure, axis, title, dpi)
+    legend(axis, loc="upper center", bbox_to_anchor=(0.5, -0.11), ncol=2)
+    return png(figure, axis, title, dpi)
 
 
 def frontier_picture(
@@ -147,7 +157,7 @@ def frontier_picture(
     trials: mappings with compliance_benign, refusal_harmful, label, chosen, feasible, method. plain: the plain model's
     two rates. Settings that break a constraint are hollow and faint; the chosen ones carry a star and their label.
     """
-    figure, axis = _canvas(7.0, 5.2)
+    figure, axis = canvas(7.0, 5.2)
     values = [plain, *((point["compliance_benign"], point["refusal_harmful"]) for point in trials)]
     across, up = np.array(values, dtype=float).T
     limits = [_limits(across), _limits(up)]
@@ -192,11 +202,10 @@ def frontier_picture(
         )
     axis.set_xlabel("benign prompts answered   (right is better)", color=_INK)
     axis.set_ylabel("harmful prompts refused   (up is better)", color=_INK)
-    axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    _open_frame(axis)
-    _legend(axis, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=2)
-    return _png(figure, axis, title, dpi)
+    percent_axes(axis)
+    open_frame(axis)
+    legend(axis, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=2)
+    return png(figure, axis, title, dpi)
 
 
 def before_after_picture(comparisons: Sequence[Comparison], title: str = "", dpi: int = 200) -> bytes:
@@ -244,13 +253,13 @@ def _dumbbells(axis: Any, group: Sequence[Comparison], harmful: bool) -> None:
     axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     words = "Harmful prompts refused: should not fall" if harmful else "Benign prompts refused: less is better"
     axis.set_title(words, loc="left", size=10.5, color=_INK)
-    _open_frame(axis)
+    open_frame(axis)
     axis.grid(axis="y", visible=False)
     axis.set_yticks(range(len(group) - 1, -1, -1), [comparison.name for comparison in group])
     axis.tick_params(axis="y", length=0, labelsize=10, labelcolor=_INK)
     axis.scatter([], [], s=52, fc="white", ec=_GREY, lw=1.6, label="plain")
     axis.scatter([], [], s=58, fc=usual, ec="white", label="steered")
-    _legend(axis, loc="lower right", bbox_to_anchor=(1.0, 0.98), ncol=2)
+    legend(axis, loc="lower right", bbox_to_anchor=(1.0, 0.98), ncol=2)
 
 
 def _change(comparison: Comparison) -> tuple[str, str]:
@@ -287,13 +296,21 @@ def _limits(values: NDArray[np.float64]) -> tuple[float, float]:
     return max(low - pad, -0.01), min(high + pad, 1.01)
 
 
-def _canvas(width: float, height: float) -> tuple[Figure, Any]:
+def canvas(width: float, height: float) -> tuple[Figure, Any]:
+    """A figure of so many inches and its only axis."""
     figure = Figure(figsize=(width, height), facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots()
 
 
-def _open_frame(axis: Any) -> None:
+def percent_axes(axis: Any) -> None:
+    """Both axes in whole percent."""
+    axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+
+
+def open_frame(axis: Any) -> None:
+    """A faint grid instead of a frame."""
     for side in ("top", "right", "left"):
         axis.spines[side].set_visible(False)
     axis.spines["bottom"].set_color(_FAINT)
@@ -302,11 +319,13 @@ def _open_frame(axis: Any) -> None:
     axis.set_axisbelow(True)
 
 
-def _legend(axis: Any, **where: Any) -> None:
+def legend(axis: Any, **where: Any) -> None:
+    """The legend without a frame; where: as matplotlib takes it."""
     axis.legend(**where, frameon=False, fontsize=8.5, labelcolor=_INK, handletextpad=0.5, columnspacing=1.4)
 
 
-def _png(figure: Figure, axis: Any, title: str, dpi: int) -> bytes:
+def png(figure: Figure, axis: Any, title: str, dpi: int) -> bytes:
+    """The figure under its title as PNG bytes."""
     if title:
         axis.set_title(title, loc="left", color=_INK, fontsize=11.5, fontweight="bold", pad=14)
     return _bytes(figure, dpi)

@@ -22,7 +22,7 @@ from elsteer.judges.degenerate import degeneration
 from elsteer.run import without_nan
 from elsteer.steering import Steering
 
-__all__ = ["Answer", "Quality", "answer_at_length", "kl_to_plain", "quality"]
+__all__ = ["Answer", "Quality", "answer_at_length", "kl_of_logits", "kl_to_plain", "quality"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +117,7 @@ def kl_to_plain(
         before = score(caches.model, batch, given) if plain is None else (one.float() for one in plain[key])
         after = score(caches.model, batch, given, steering=steering)
         for place, p, q in zip(batch.rows, before, after, strict=True):
-            found[caches.prompts[place].id] = float(_kl(p, q))
+            found[caches.prompts[place].id] = float(kl_of_logits(p, q))
     return found
 
 
@@ -125,7 +125,8 @@ def _answer(row: dict[str, Any]) -> Answer:
     return Answer(**{**row, "nll": math.nan if row["nll"] is None else row["nll"]})
 
 
-def _kl(plain: Tensor, steered: Tensor) -> Tensor:
+def kl_of_logits(plain: Tensor, steered: Tensor) -> Tensor:
+    """Mean KL(plain || steered) in nats of next-token logits (tokens, V) each."""
     p, q = plain.log_softmax(dim=-1), steered.log_softmax(dim=-1)
     return (p.exp() * (p - q)).sum(dim=-1).mean()
 

@@ -1,0 +1,168 @@
+"""Tuning of a baseline: the fit's own tuner, dev rows and constraints, over the candidates of the method.
+
+    screening   at most `budget` candidates, by their first tokens and the KL on neutral prompts
+    verdicts    whole answers of the `finalists` best of these
+    chosen      of those that keep safety and the KL bound, the one that answers most benign prompts
+
+Where none keeps them, the one with the best worth (share removed, less six times what safety lacks) stands for the method,
+and `Tuned.feasible` is False. Every trial is a row of a JSONL file, so a killed run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from elsteer.completions import PromptCaches
+from elsteer.decoding import score
+from elsteer.errors import RunError
+from elsteer.evaluation.quality import kl_of_logits
+from elsteer.files import read_jsonl
+from elsteer.steering.methods.baseline import Candidate
+from elsteer.tuning import Trial, Tuner
+
+__all__ = ["BUDGET", "FINALISTS", "Tuned", "tune_baseline"]
+
+BUDGET, FINALISTS = 24, 4
+Caches = Callable[[str], tuple[PromptCaches, PromptCaches]]
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What tuning chose for one method: the candidate, its trial on dev, whether it keeps all constraints, all trials."""
+
+    candidate: Candidate
+    trial: Trial
+    feasible: bool
+    trials: list[Trial]
+
+
+def tune_baseline(
+    shared: Tuner,
+    candidates: Sequence[Candidate],
+    path: Path,
+    *,
+    budget: int = BUDGET,
+    finalists: int = FINALISTS,
+    with_system: Caches | None = None,
+) -> Tuned:
+    """Choose one of `candidates` on the dev prompts of `shared`, a tuner whose energies are not used.
+
+    path: JSONL of the trials. with_system: dev and neutral caches under a system prompt, for candidates that have one.
+    Raises RunError where there is no candidate.
+    """
+    if not candidates:
+        raise RunError("This method has no candidate for this model.")
+    tuner = _BaselineTuner(shared, _spread(candidates, budget), path, with_system)
+    return tuner.choose(finalists)
+
+
+def _spread(candidates: Sequence[Candidate], budget: int) -> list[Candidate]:
+    """At most `budget` of them, evenly over their order."""
+    if len(candidates) <= budget:
+        return list(candidates)
+    return [candidates[round(at * (len(candidates) - 1) / max(1, budget - 1))] for at in range(budget)]
+
+
+class _BaselineTuner(Tuner):
+    """The fit's tuner, whose rules are the settings of candidates."""
+
+    def __init__(self, shared: Tuner, candidates: Sequence[Candidate], path: Path, with_system: Caches | None) -> None:
+        # What does not depend on the method is shared: caches, plain answers, first tokens, logits.
+        shared._first_tokens()
+        shared.plain_neutral()
+        self.__dict__.update(copy.copy(shared).__dict__)
+        self.candidates = {_key(one): one for one in candidates}
+        self.path, self.with_system = path, with_system
+        self.trials = {row["key"]: Trial.from_row(row["trial"]) for row in read_jsonl(path)}
+        self.own: dict[str, tuple[PromptCaches, PromptCaches]] = {}
+        self.plain_caches = shared.dev, shared.neutral
+
+    def landscape(self, rule: dict[str, Any]) -> Any:
+        """The candidate of these settings."""
+        return self.candidates[json.dumps(rule, sort_keys=True)]
+
+    def choose(self, finalists: int) -> Tuned:
+        screened = self._screen([_rule(one) for one in self.candidates.values()])
+        judged = [self._verdicts(trial.rule) for trial in self._promising(screened)[:finalists]]
+        kl = {json.dumps(trial.rule, sort_keys=True): trial for trial in screened}
+        for trial in judged:  # verdicts do not measure the KL again
+            first = kl[json.dumps(trial.rule, sort_keys=True)]
+            trial.kl = first.kl
+            if first.kl is not None and not first.kl <= self.settings.kl and "KL above its bound" not in trial.why_not:
+                trial.why_not.append("KL above its bound")
+        kept = [trial for trial in judged if trial.feasible]
+        if kept:
+            best = max(kept, key=lambda trial: (round(trial.answered_benign, 2), trial.refused_harmful))
+        else:
+            best = max(judged, key=self._worth)
+        return Tuned(self.landscape(best.rule), best, bool(kept), [*screened, *judged])
+
+    def _screened(self, rule: dict[str, Any]) -> Trial:
+        with _Caches(self, rule):
+            return super()._screened(rule)
+
+    def _judged(self, rule: dict[str, Any]) -> Trial:
+        with _Caches(self, rule):
+            return super()._judged(rule)
+
+    def _kl(self, rule: dict[str, Any]) -> float:
+        candidate = self.landscape(rule)
+        if candidate.system is None:
+            return super()._kl(rule) if candidate.moves and candidate.strength else 0.0
+        return self._kl_of_system()
+
+    def _kl_of_system(self) -> float:
+        """Nats per token on the neutral prompts along the plain answers, the other side under a system prompt."""
+        given = {
+            one: answer.tokens[: self.settings.quality_tokens] or [0] for one, answer in self.plain_neutral().items()
+        }
+        before = _logits(self.plain_caches[1], given)
+        found = [float(kl_of_logits(before[one].float(), q)) for one, q in _logits(self.neutral, given).items()]
+        return sum(found) / len(found)
+
+
+class _Caches:
+    """While open, the tuner's caches are those of the candidate's system prompt, where it has one."""
+
+    def __init__(self, tuner: _BaselineTuner, rule: dict[str, Any]) -> None:
+        self.tuner, self.system = tuner, tuner.landscape(rule).system
+
+    def __enter__(self) -> None:
+        if self.system is None:
+            return
+        if self.tuner.with_system is None:
+            raise RunError("This method puts a system prompt before the chat, and no caches for it were given.")
+        if self.system not in self.tuner.own:
+            self.tuner.own = {self.system: self.tuner.with_system(self.system)}  # one at a time: they are large
+        self.tuner.dev, self.tuner.neutral = self.tuner.own[self.system]
+
+    def __exit__(self, *_: object) -> None:
+        self.tuner.dev, self.tuner.neutral = self.tuner.plain_caches
+
+
+def _logits(caches: PromptCaches, given: dict[str, list[int]]) -> dict[str, Tensor]:
+    """By prompt id, logits (tokens, V) along the given answers, in float16."""
+    found = {}
+    for batch in caches.batches():
+        answers = [given[caches.prompts[place].id] for place in batch.rows]
+        for place, logits in zip(batch.rows, score(caches.model, batch, answers), strict=True):
+            found[caches.prompts[place].id] = logits.half()
+    return found
+
+
+def _rule(candidate: Candidate) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(_key(candidate))
+    return found
+
+
+def _key(candidate: Candidate) -> str:
+    return json.dumps(
+        {**candidate.settings, "method": candidate.method, "strength": candidate.strength}, sort_keys=True
+    )

@@ -1,0 +1,204 @@
+"""Methods side by side on a tiny model: tuned by one tuner, measured on the same prompts, resumed after a kill."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from commands import elsteer, one_sentence
+from elsteer import compare, fit
+from elsteer.comparison.compare import check_methods, known_methods, part_of
+from elsteer.comparison.result import ComparedMethod
+from elsteer.comparison.words import sentence
+from elsteer.errors import PromptError, RunError
+from elsteer.evaluation.figures import read_figures
+from elsteer.evaluation.statistics import Interval
+from elsteer.files import read_jsonl
+from elsteer.judges import JUDGES
+from elsteer.steering.methods.baseline import Candidate
+from elsteer.steering.methods.baselines import BASELINES
+from pipelines import Killed, LetterJudge, Tiny, dies_at, lines, some_prompts, speaker, tiny_settings
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Tiny:
+    return speaker()
+
+
+@pytest.fixture(autouse=True)
+def letters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(JUDGES, "letters", LetterJudge)
+
+
+@pytest.fixture(scope="module")
+def fitted(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("fitted")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(JUDGES, "letters", LetterJudge)
+        fit(*tiny, some_prompts(160), dev=some_prompts(48, start=200), run_dir=folder, settings=tiny_settings())
+    return folder
+
+
+@pytest.fixture
+def suite(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.jsonl"
+    rows = [{"prompt": one.text, "harmful": one.harmful} for one in some_prompts(40, start=400)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def short_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A system prompt that leaves room in the tiny model's context, where each character is a token."""
+    one = Candidate("system-prompt", {"prompt": "short"}, system="Be kind.")
+    monkeypatch.setitem(BASELINES, "system-prompt", replace(BASELINES["system-prompt"], candidates=lambda _: [one]))
+
+
+METHODS = ["els", "random", "system-prompt", "caa", "ablation"]
+
+
+def test_every_method_answers_the_same_prompts(tiny: Tiny, fitted: Path, suite: Path, tmp_path: Path) -> None:
+    result = compare(
+        *tiny,
+        fitted,
+        METHODS,
+        [str(suite)],
+        out=tmp_path / "out",
+        strengths=[0.5, 1],
+        budget=3,
+        finalists=2,
+        batch_size=8,
+        judge="letters",
+    )
+    assert list(result.methods) == METHODS
+    rows = {path.name: list(read_jsonl(path)) for path in (tmp_path / "out/rows").iterdir()}
+    assert {f"mine.{name}.1.jsonl" for name in METHODS} | {"mine.none.0.jsonl"} <= set(rows)
+    assert "mine.caa.0.5.jsonl" in rows
+    ids = {name: {row["prompt_id"] for row in found} for name, found in rows.items()}
+    assert all(found == ids["mine.none.0.jsonl"] for found in ids.values())
+    # The figures are those of the rows, counted by hand.
+    label = {row["prompt_id"]: row["label"] for row in rows["mine.none.0.jsonl"]}
+    steered = {row["prompt_id"]: row["label"] for row in rows["mine.caa.1.jsonl"]}
+    harmful = {row["prompt_id"]: row["harmful"] for row in rows["mine.none.0.jsonl"]}
+    kept = [one for one in label if "unscored" not in (label[one], steered[one])]
+    before, after = (sum(of[one] == "refusal" for one in kept if not harmful[one]) for of in (label, steered))
+    assert result.methods["caa"].removed["all"].value == pytest.approx(1 - after / before)
+    lost, now = (sum(of[one] == "refusal" for one in kept if harmful[one]) for of in (label, steered))
+    n = sum(harmful[one] for one in kept)
+    assert result.methods["caa"].harmful_difference["all"].value == pytest.approx((now - lost) / n)
+    names = {figure.name for figure in read_figures(tmp_path / "out/compare.json")}
+    assert {"caa.removed.mine_benign", "caa.harmful_difference", "els.removed", "plain_refused.mine_harmful"} <= names
+    page = (tmp_path / "out/compare.md").read_text(encoding="utf-8")
+    assert result.sentence in page
+    assert all(f"| {name} |" in page for name in METHODS)
+    assert (tmp_path / "out/frontier.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_every_method_has_the_same_budget(tiny: Tiny, fitted: Path, suite: Path, tmp_path: Path) -> None:
+    compare(
+        *tiny,
+        fitted,
+        ["caa", "ablation"],
+        [str(suite)],
+        out=tmp_path,
+        budget=3,
+        finalists=2,
+        batch_size=8,
+        judge="letters",
+    )
+    for name in ("caa", "ablation"):
+        stages = [row["trial"]["stage"] for row in read_jsonl(tmp_path / f"frontier.{name}.jsonl")]
+        assert (stages.count("screening"), stages.count("verdicts")) == (3, 2)
+
+
+def test_a_killed_comparison_goes_on_where_it_was(tiny: Tiny, fitted: Path, suite: Path, tmp_path: Path) -> None:
+    def run_it(progress: Callable[[str, int, int], None] | None = None) -> ComparedMethod:
+        return compare(
+            *tiny,
+            fitted,
+            ["caa"],
+            [str(suite)],
+            out=tmp_path,
+            budget=3,
+            finalists=1,
+            batch_size=8,
+            judge="letters",
+            progress=progress,
+        ).methods["caa"]
+
+    with pytest.raises(Killed):
+        run_it(dies_at("mine, caa", 3))
+    rows, trials = tmp_path / "rows/mine.caa.1.jsonl", tmp_path / "frontier.caa.jsonl"
+    begun, tried = lines(rows), lines(trials)
+    assert (len(begun), len(tried)) == (16, 4)
+    found = run_it()
+    assert lines(trials) == tried
+    assert lines(rows)[:16] == begun
+    assert len(lines(rows)) == 40
+    assert run_it().removed == found.removed
+    assert len(lines(rows)) == 40
+
+
+def test_what_is_wrong_is_said_in_a_sentence(tiny: Tiny, fitted: Path, suite: Path, tmp_path: Path) -> None:
+    with pytest.raises(PromptError, match=r"no method 'els-papers': known are els, random, shuffled, .*surgical"):
+        check_methods(["els-papers"])
+    with pytest.raises(PromptError, match="caa is given twice"):
+        check_methods(["caa", "els", "caa"])
+    with pytest.raises(PromptError, match="at least one method"):
+        check_methods(["none"])
+    with pytest.raises(RunError, match="no finished fit"):
+        compare(*tiny, tmp_path / "nothing", ["els"], [str(suite)])
+    with pytest.raises(PromptError, match="at least one suite"):
+        compare(*tiny, fitted, ["els"], [])
+    with pytest.raises(PromptError, match="Two suites are called"):
+        compare(*tiny, fitted, ["els"], [str(suite), str(suite)])
+
+
+def test_the_command_needs_a_finished_fit(tmp_path: Path, suite: Path) -> None:
+    found = elsteer("compare", "MODEL", "--run-dir", tmp_path, "--methods", "els,nothing", "--suite", suite)
+    assert "no method 'nothing'" in one_sentence(found)
+    found = elsteer("compare", "MODEL", "--run-dir", tmp_path, "--strengths", "one", "--suite", suite)
+    assert "numbers from 0 up" in one_sentence(found)
+
+
+def test_all_methods_are_known() -> None:
+    assert {"els", "els-paper", "surgical", "cast", "alphasteer", "k-steering", "caa", "ablation"} <= set(
+        known_methods()
+    )
+    assert known_methods().count("random") == 1
+    assert part_of("xstest", False, True) == "xstest_safe"
+    assert part_of("harmbench+dan", True, False) == "harmbench.dan"
+
+
+def compared(
+    name: str, share: float, change: tuple[float, float, float], ahead: tuple[float, float, float]
+) -> ComparedMethod:
+    return ComparedMethod(
+        name,
+        {},
+        True,
+        removed={"all": Interval(share, share - 0.1, share + 0.1, 100)},
+        harmful_difference={"all": Interval(*change, 100)},
+        ahead=Interval(*ahead, 100),
+    )
+
+
+def test_the_sentence_names_the_next_best_that_keeps_safety() -> None:
+    rates = {kind: {"all": Interval(0.4, 0.3, 0.5, 100)} for kind in (False, True)}
+    methods = {
+        "els": compared("els", 0.74, (0.09, 0.02, 0.15), (0, 0, 0)),
+        "caa": compared("caa", 0.9, (-0.4, -0.5, -0.3), (-0.16, -0.2, -0.1)),
+        "surgical": compared("surgical", 0.41, (0.01, -0.02, 0.04), (0.33, 0.2, 0.4)),
+        "random": compared("random", 0.5, (0.0, -0.02, 0.02), (0.24, 0.1, 0.3)),
+    }
+    assert sentence(methods, rates) == (
+        "els removes 74% of the false refusals at +9 points of harmful refusals; the next best of those that refuse no fewer "
+        "harmful prompts (3 points at most), surgical removes 41% of the false refusals at +1 points of harmful refusals, "
+        "and the difference is beyond chance."
+    )
+    del methods["surgical"]
+    assert "every other method" in sentence(methods, rates)
