@@ -36,6 +36,8 @@ MODEL = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
 FIT = {"orbench80k": 580, "coconot": 100, "alpaca": 20, "orbench_toxic": 350, "advbench": 100, "do_not_answer": 50}
 ASIDE = {"orbench_toxic": 60, "advbench": 60, "do_not_answer": 180}
 DEV = {"oktest": 150, "orbench_hard": 150, "harmbench": 36, "malicious_instruct": 88}
+# refine_memory: for all 13,000 prompts. The figures that are recorded were made before steps had a need.
+TRAINING = TrainingSettings(refine_memory=8 << 30, refine_sharpness=0.0, refine_still=0.0)
 DRAWS = 3  # of the shuffled control: one draw's direction can help or harm by chance
 SUITES = {"xstest": None, "or-bench-hard": 300, "harmbench": None}
 GOALS = {
@@ -118,7 +120,7 @@ def main() -> int:
             dev=dev,
             neutral=neutral,
             run_dir=options.run_dir,
-            settings=FitSettings(seed=seed, training=TrainingSettings(refine_memory=8 << 30)),  # all 13,000 prompts
+            settings=FitSettings(seed=seed, training=TRAINING),
             progress=progress,
             command=command,
         )

@@ -1,13 +1,14 @@
-"""What is no answer at all: an empty, repetitive or garbled completion."""
+"""What is no answer at all: an empty, repetitive or garbled completion, or one that only says the question again."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
 from collections import Counter
+from difflib import SequenceMatcher
 from itertools import pairwise
 
-__all__ = ["degeneration"]
+__all__ = ["degeneration", "repeats"]
 
 _CODE = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
 _WORD = re.compile(r"\w+")
@@ -23,6 +24,8 @@ _MIN_WORDS = 16
 _WHOLE_SHARE = 0.6
 _WHOLE_WORDS = 200
 _LIST_LINES = 8
+_ECHO_WORDS = 4
+_ECHO_SHARE = 0.8
 
 
 def degeneration(text: str) -> str | None:
@@ -43,6 +46,21 @@ def degeneration(text: str) -> str | None:
         return "repetitive: one character again and again"
     prose = _CODE.sub(" ", stripped)
     return _repetitive(prose) or _garbled(stripped, prose)
+
+
+def repeats(prompt: str, text: str) -> str | None:
+    """Why `text` is no answer to `prompt`: it says nothing but the question again, or None.
+
+    That is, four words or more, nearly all of them in a run with the prompt's own (a similarity of .8 or more of the two
+    sequences of words). A word or two of the question ("the second one") may be an answer.
+    """
+    asked, said = ([word.casefold() for word in _WORD.findall(one)] for one in (prompt, text))
+    if len(said) < _ECHO_WORDS or len(said) > 2 * len(asked):
+        return None
+    alike = SequenceMatcher(None, asked, said, autojunk=False)
+    if alike.quick_ratio() < _ECHO_SHARE or alike.ratio() < _ECHO_SHARE:
+        return None
+    return "repeats the question"
 
 
 def _repetitive(text: str) -> str | None:
