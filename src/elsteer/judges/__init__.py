@@ -23,9 +23,17 @@ __all__ = [
     "outcome_of",
 ]
 
+
+def _classifier() -> Judge:
+    from elsteer.judges.classifier import trained_on_first_use  # scikit-learn takes a second to load
+
+    return trained_on_first_use()
+
+
 # A new judge is one file and one line here.
 JUDGES: dict[str, Callable[[], Judge]] = {
     "rules": RulesJudge,
+    "classifier": _classifier,
 }
 
 

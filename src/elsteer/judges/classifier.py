@@ -6,8 +6,8 @@
 
 The human labels come under terms that forbid shipping weights made of them, so none are shipped: on first use the
 classifier is trained from judge/xstest_human.jsonl and judge/wildguardtest_half.jsonl of the data folder, and kept in the cache
-folder. `elsteer judge --train FILE --out FOLDER` trains one on labels of your own. Files: classifier.json (vocabularies) and
-classifier.safetensors (weights); nothing is unpickled.
+folder. `ClassifierJudge.train` makes one of labels of your own. Files: classifier.json (vocabularies) and classifier.safetensors
+(weights); nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -126,15 +126,13 @@ class ClassifierJudge:
             vectorizers = {}
             for kind, options in _KINDS.items():
                 terms = about["vocabularies"][kind]
-                vectorizer = TfidfVectorizer(
-                    **options, vocabulary={term: at for at, term in enumerate(terms)}
-                )
+                vectorizer = TfidfVectorizer(**options, vocabulary={term: at for at, term in enumerate(terms)})
                 vectorizer.idf_ = tensors[f"{kind}.idf"]
                 vectorizers[kind] = vectorizer
             found = cls(vectorizers, tensors["weights"], float(tensors["bias"][0]))
             found.scores(["a text that tells whether the sizes fit"])
         except FileNotFoundError as error:
-            raise JudgeError(f"{folder} holds no classifier: train one with `elsteer judge --train`.") from error
+            raise JudgeError(f"{folder} holds no classifier: train one first.") from error
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise JudgeError(f"The classifier in {folder} is damaged: delete it and train it again.") from error
         return found
@@ -153,8 +151,7 @@ def trained_on_first_use(data_dir: Path | None = None) -> ClassifierJudge:
             return ClassifierJudge.load(kept / (kept / "newest").read_text(encoding="utf-8").strip())
         raise JudgeError(
             f"The judge classifier is trained on human labels at first use, and {' and '.join(_FILES)} were not found: give "
-            "the folder that holds them with --data-dir or ELSTEER_DATA, or train one on labels of your own with "
-            "`elsteer judge --train FILE --out FOLDER` and name it with --judge classifier --judge-model FOLDER."
+            "the folder that holds them with ELSTEER_DATA, or take the judge rules."
         )
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
     name = f"classifier-{_FORMAT}-{digest}"
