@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from elsteer.decoding import Attached, PromptBatch, SharedPrefix, batches, decode, mapped, prefill, share_prefix
 from elsteer.errors import PromptError, RunError
 from elsteer.files import append_jsonl, read_jsonl
-from elsteer.judges import Judge, Verdict
+from elsteer.judges import Judge, Verdict, judge_all
 from elsteer.models import context_length, decoder_blocks, encode_chat
 from elsteer.prompts import Prompt
 from elsteer.states import StateStore, watch_states
@@ -282,14 +282,24 @@ def _answer(
             block[alive, step] = found
             counts[alive] = step + 1
         states.append([prompt.id for prompt in prompts], block, counts)
-    rows = []
-    for i, prompt in enumerate(prompts):
-        text = text_of(out.tokens[i])
-        # The early verdict and the whole text's may differ where the judge looks further: the one that stopped it counts.
-        verdict = (judge.decided(prompt.text, text) if early_stop and not out.ended[i] else None) or judge.judge(
-            prompt.text, text
+    texts = [text_of(tokens) for tokens in out.tokens]
+    # The early verdict and the whole text's may differ where the judge looks further: the one that stopped it counts.
+    early = [
+        judge.decided(prompt.text, text) if early_stop and not ended else None
+        for prompt, text, ended in zip(prompts, texts, out.ended, strict=True)
+    ]
+    rest = [i for i, verdict in enumerate(early) if verdict is None]
+    whole = judge_all(judge, [prompts[i].text for i in rest], [texts[i] for i in rest])
+    verdicts = {i: one for i, one in enumerate(early) if one is not None} | dict(zip(rest, whole, strict=True))
+    return [
+        Completion(
+            prompt.id,
+            texts[i],
+            len(out.tokens[i]),
+            out.ended[i],
+            verdicts[i].label,
+            verdicts[i].score,
+            verdicts[i].reason,
         )
-        rows.append(
-            Completion(prompt.id, text, len(out.tokens[i]), out.ended[i], verdict.label, verdict.score, verdict.reason)
-        )
-    return rows
+        for i, prompt in enumerate(prompts)
+    ]

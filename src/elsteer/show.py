@@ -27,6 +27,7 @@ __all__ = [
     "evaluation",
     "examples",
     "figures_on_dev",
+    "judge_usage",
     "landscape",
     "outcomes",
     "overhead",
@@ -260,6 +261,14 @@ def timings(found: Mapping[str, float]) -> str:
     """Seconds by part, and in all."""
     parts = ", ".join(f"{name} {clock(seconds)}" for name, seconds in found.items())
     return f"Time: {clock(sum(found.values()))} ({parts})."
+
+
+def judge_usage(judge: object) -> str:
+    """What a judge that is a service was asked; empty for any other."""
+    used = getattr(judge, "usage", None)
+    if used is None:
+        return ""
+    return f"The judge was asked {used.requests:,} times: {used.tokens_in:,} tokens in, {used.tokens_out:,} out."
 
 
 def agreement_table(rows: Sequence[Agreement], title: str) -> Table:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from elsteer.commands.shared import FILE, debug_option
+from elsteer.commands.shared import FILE, debug_option, judge_options
 from elsteer.console import invocation, screen
 
 __all__ = ["judge", "models"]
@@ -76,9 +76,10 @@ def where(name: str) -> None:
 
 @click.command(short_help="Measure a judge against people.")
 @click.option("--agreement", type=FILE, metavar="FILE", required=True, help="Completions with human labels.")
-@click.option("--judge", "name", default="rules", show_default=True, help="Which judge.")
+@click.option("--judge", "name", default="rules", show_default=True, help="Which judge: rules, classifier or api.")
+@judge_options
 @debug_option
-def judge(agreement: Path, name: str) -> None:
+def judge(agreement: Path, name: str, judge_url: str | None, judge_model: str | None) -> None:
     """Measure a judge on completions that people have labelled, for each model that wrote them.
 
     FILE is JSONL or CSV with `completion` and `label` (refusal or compliance), or in the form of XSTest, WildGuardTest or
@@ -91,6 +92,9 @@ def judge(agreement: Path, name: str) -> None:
     from elsteer.judges import get_judge
     from elsteer.judges.agreement import agreement as measure
 
-    rows = measure(get_judge(name), agreement)
-    screen().print(show.agreement_table(rows, f"The judge {name} against people"))
+    judging = get_judge(name, url=judge_url, model=judge_model)
+    rows = measure(judging, agreement)
+    screen().print(show.agreement_table(rows, f"The judge {judging.name} against people"))
+    if spent := show.judge_usage(judging):
+        click.echo(spent)
     click.echo("False positives are people's compliances that it calls refusals. Nothing was written.")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from elsteer.landscape import Landscape
 
-__all__ = ["FILE", "debug_option", "load_for", "load_model", "model_options", "read_landscape"]
+__all__ = ["FILE", "debug_option", "judge_options", "load_for", "load_model", "model_options", "read_landscape"]
 
 Command = Callable[..., Any]
 FILE = click.Path(path_type=Path)
@@ -41,6 +41,20 @@ def model_options(command: Command) -> Command:
         click.option("--device-map", help="Spread the model over devices, such as auto."),
         click.option("--device", help="cpu, cuda, cuda:1. [default: cuda where there is one, else cpu]"),
         click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16."),
+    ):
+        command = option(command)
+    return command
+
+
+def judge_options(command: Command) -> Command:
+    """Where the judge `api` is."""
+    for option in (
+        click.option("--judge-model", metavar="NAME", help="Name of the model, for --judge api."),
+        click.option(
+            "--judge-url",
+            metavar="URL",
+            help="Base address of an OpenAI-compatible service, for --judge api; its key: ELSTEER_JUDGE_KEY.",
+        ),
     ):
         command = option(command)
     return command

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from elsteer.commands.shared import FILE, debug_option, load_for, load_model, model_options, read_landscape
+from elsteer.commands.shared import (
+    FILE,
+    debug_option,
+    judge_options,
+    load_for,
+    load_model,
+    model_options,
+    read_landscape,
+)
 from elsteer.console import ProgressBars, invocation, note, screen
 from elsteer.options import SettingsCommand, read_settings, settings_options
 from elsteer.settings import FitSettings
@@ -157,6 +165,7 @@ def fit(
 @click.option("--model", help="Hub id, folder or GGUF file. [default: the model it was fitted to]")
 @click.option("--run-dir", type=FILE, help="Folder for all files. [default: the landscape's run folder]")
 @click.option("--judge", default="rules", show_default=True, help="Who says whether an answer refuses.")
+@judge_options
 @click.option("--quality/--no-quality", default=True, help="Also measure whole answers. [default: yes]")
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Prompts at a time.")
 @click.option(
@@ -179,6 +188,8 @@ def evaluate(
     model: str | None,
     run_dir: Path | None,
     judge: str,
+    judge_url: str | None,
+    judge_model: str | None,
     quality: bool,
     batch_size: int,
     max_new_tokens: int,
@@ -190,12 +201,13 @@ def evaluate(
     Example:  elsteer evaluate runs/demo/landscape --suite starter --limit 100
     Example:  elsteer evaluate runs/demo/landscape --suite xstest --suite mine.jsonl --method random
     Example:  elsteer evaluate runs/demo/landscape --suite harmbench --suite harmbench+past-tense
+    Example:  elsteer evaluate LANDSCAPE --suite xstest --judge api --judge-url http://localhost:8000/v1 --judge-model NAME
     """
     from elsteer import show
     from elsteer.judges import get_judge
     from elsteer.prompts import load_suite
 
-    get_judge(judge)
+    judging = get_judge(judge, url=judge_url, model=judge_model)
     for name in suites:
         note(show.count_prompts(load_suite(name, data_dir=data_dir, limit=limit, seed=seed), name))
     found = read_landscape(landscape)
@@ -221,7 +233,7 @@ def evaluate(
             data_dir=data_dir,
             limit=limit,
             seed=seed,
-            judge=judge,
+            judge=judging,
             quality=quality,
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
@@ -230,4 +242,6 @@ def evaluate(
             command=invocation().command,
         )
     show.evaluation(result, screen())
+    if spent := show.judge_usage(judging):
+        click.echo(spent)
     click.echo(f"The report is {result.report}; every row is in {folder / 'evaluation'}.")

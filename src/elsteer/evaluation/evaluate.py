@@ -94,7 +94,7 @@ def evaluate(
     data_dir: str | Path | None = None,
     limit: int | None = None,
     seed: int = 0,
-    judge: str = "rules",
+    judge: str | Judge = "rules",
     quality: bool = True,
     quality_prompts: int = 200,
     quality_tokens: int = 64,
@@ -107,6 +107,7 @@ def evaluate(
 ) -> Evaluation:
     """Answer the prompts of `suites` with the plain model and each landscape of `methods`, judge, compare and report.
 
+    judge: a name, or a judge of one's own.
     methods: landscapes, each called by its method, or by names of their own choosing: {"els": ..., "els at 0.5": ...}.
     The plain model ("none") always takes part. limit: prompts of a suite at most, drawn by seed. quality: also answer at
     full length up to `quality_prompts` benign prompts that the plain model answers, and compare perplexity under the plain
@@ -132,7 +133,7 @@ def evaluate(
             work.run_suite(name, told_apart(prompts), landscapes)
         main = dict([next(iter(landscapes.items()))])
         measured = work.measure_quality(main, quality_prompts, quality_tokens) if quality else {}
-        return work.report(landscapes, measured, command, split, judge, list(suites), frontier_png)
+        return work.report(landscapes, measured, command, split, judging.name, list(suites), frontier_png)
 
 
 def _named(methods: Sequence[Method] | Mapping[str, Landscape]) -> dict[str, Landscape]:

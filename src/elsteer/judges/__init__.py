@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from elsteer.errors import JudgeError
 from elsteer.judges.degenerate import degeneration
@@ -20,6 +20,7 @@ __all__ = [
     "Verdict",
     "degeneration",
     "get_judge",
+    "judge_all",
     "outcome_of",
 ]
 
@@ -37,8 +38,27 @@ JUDGES: dict[str, Callable[[], Judge]] = {
 }
 
 
-def get_judge(name: str) -> Judge:
-    """The judge called `name`, ready to use. Raises JudgeError with the known names."""
-    if name not in JUDGES:
-        raise JudgeError(f"There is no judge called {name!r}: choose one of {', '.join(sorted(JUDGES))}.")
-    return JUDGES[name]()
+def get_judge(judge: str | Judge, *, url: str | None = None, model: str | None = None) -> Judge:
+    """The judge of this name, ready to use; one that is a judge already is given back. Raises JudgeError with the known names.
+
+    url, model: of the judge `api` (`elsteer.judges.api`), and of no other.
+    """
+    if not isinstance(judge, str):
+        return judge
+    if judge == "api":
+        from elsteer.judges.api import ApiJudge
+
+        return ApiJudge(url or "", model or "")
+    if url or model:
+        raise JudgeError(f"An address and a model's name are for the judge api, not for {judge}: choose --judge api.")
+    if judge not in JUDGES:
+        raise JudgeError(f"There is no judge called {judge!r}: choose one of {', '.join(sorted([*JUDGES, 'api']))}.")
+    return JUDGES[judge]()
+
+
+def judge_all(judge: Judge, prompts: Sequence[str], completions: Sequence[str]) -> list[Verdict]:
+    """Verdicts on many completions, by the judge's own `judge_many` where it has one (many requests at a time)."""
+    many = getattr(judge, "judge_many", None)
+    if many is not None:
+        return list(many(prompts, completions))
+    return [judge.judge(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]

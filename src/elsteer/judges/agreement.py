@@ -99,7 +99,12 @@ def agreement(judge: Judge, path: str | Path) -> list[Agreement]:
     Raises JudgeError naming file and line for a missing, empty or unreadable file, unknown columns or an unknown label.
     """
     rows = read_labels(path)
-    said = [judge.judge(row.prompt, row.completion).label for row in rows]
+    many = getattr(judge, "judge_many", None)
+    prompts, texts = [row.prompt for row in rows], [row.completion for row in rows]
+    found = (
+        many(prompts, texts) if many is not None else [judge.judge(*pair) for pair in zip(prompts, texts, strict=True)]
+    )
+    said = [one.label for one in found]
     models = sorted({row.model for row in rows})
     result = [_agreement("all", [(row.refusal, label) for row, label in zip(rows, said, strict=True)])]
     if len(models) > 1:

@@ -1,0 +1,155 @@
+"""The api judge against a real HTTP server of our own that plays the service."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from commands import elsteer, one_sentence
+from elsteer.errors import JudgeError
+from elsteer.judges.api import ApiJudge
+
+ANSWER = "Take the kettle off the stove and let it stand."
+
+
+class Service:
+    """Replies in turn (the last again and again), and what it was asked. A number is a status, text is the model's word."""
+
+    def __init__(self) -> None:
+        self.replies: list[int | str] = ["1"]
+        self.asked: list[dict[str, Any]] = []
+        self.keys: list[str | None] = []
+        service = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                service.asked.append(body)
+                service.keys.append(self.headers.get("Authorization"))
+                reply = service.replies.pop(0) if len(service.replies) > 1 else service.replies[0]
+                usage = {"prompt_tokens": 100, "completion_tokens": 2}
+                found: Any = {"choices": [{"message": {"content": reply}}], "usage": usage}
+                if self.path != "/v1/chat/completions":
+                    reply = 404
+                if reply == "no chat":
+                    found = {"hello": 1}
+                data = json.dumps(found).encode()
+                self.send_response(reply if isinstance(reply, int) else 200)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def service() -> Iterator[Service]:
+    one = Service()
+    yield one
+    one.server.shutdown()
+    one.server.server_close()
+
+
+def judge(service: Service, **rest: Any) -> ApiJudge:
+    return ApiJudge(service.url, "some-model", pause=0.0, **rest)
+
+
+@pytest.mark.parametrize(
+    ("said", "label"),
+    [
+        ("1", "compliance"),
+        ("2", "refusal"),
+        ("3", "refusal"),
+        (" 2.\n", "refusal"),
+        ("Answer: 3", "refusal"),
+        ("1 or 2", "unscored"),
+        ("It seems fine.", "unscored"),
+        ("12", "unscored"),
+        ("", "unscored"),
+    ],
+)
+def test_the_three_classes(service: Service, said: str, label: str) -> None:
+    service.replies = [said]
+    assert judge(service).judge("How?", ANSWER).label == label
+
+
+def test_what_is_asked(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ELSTEER_JUDGE_KEY", "secret")
+    judge(service).judge("How do I boil {water}?", ANSWER)
+    (body,) = service.asked
+    assert (body["model"], body["temperature"]) == ("some-model", 0)
+    assert "How do I boil {water}?" in body["messages"][0]["content"]
+    assert ANSWER in body["messages"][0]["content"]
+    assert service.keys == ["Bearer secret"]
+
+
+def test_what_is_no_answer_is_not_sent(service: Service) -> None:
+    one = judge(service)
+    assert one.judge("How do I boil water?", "").label == "unscored"
+    assert one.judge("How do I boil water?", "how do I boil water").label == "unscored"
+    assert service.asked == []
+
+
+def test_trouble_that_passes_is_waited_for(service: Service) -> None:
+    service.replies = [429, 503, "2"]
+    one = judge(service)
+    assert one.judge("How?", ANSWER).label == "refusal"
+    assert (len(service.asked), one.usage.requests) == (3, 1)
+
+
+def test_trouble_that_stays_is_an_error(service: Service) -> None:
+    service.replies = [500]
+    with pytest.raises(JudgeError, match="did not answer in 3 tries"):
+        judge(service, tries=3).judge("How?", ANSWER)
+    service.replies = [401]
+    with pytest.raises(JudgeError, match="status 401"):
+        judge(service).judge("How?", ANSWER)
+    service.replies = ["no chat"]
+    with pytest.raises(JudgeError, match="chat completions"):
+        judge(service).judge("How?", ANSWER)
+    with pytest.raises(JudgeError, match="did not answer in 2 tries"):
+        ApiJudge("http://127.0.0.1:9/v1", "m", pause=0.0, tries=2).judge("How?", ANSWER)
+    with pytest.raises(JudgeError, match="--judge-url"):
+        ApiJudge("nowhere", "m")
+
+
+def test_many_at_once_come_in_order_and_tokens_are_counted(service: Service) -> None:
+    one = judge(service)
+    found = one.judge_many([f"Question {at}?" for at in range(20)], [ANSWER if at % 2 else "" for at in range(20)])
+    assert [verdict.label for verdict in found] == ["unscored", "compliance"] * 10
+    assert (one.usage.requests, one.usage.tokens_in, one.usage.tokens_out) == (10, 1000, 20)
+    assert one.usage.cost(3.0, 15.0) == pytest.approx((1000 * 3 + 20 * 15) / 1e6)
+
+
+@pytest.mark.parametrize(
+    ("said", "harm"), [("0, 5, 5", 1.0), ("0,1,1", 0.0), ("1, 5, 5", 0.0), ("0, 3, 4", 5 / 8), ("no", None)]
+)
+def test_harm(service: Service, said: str, harm: float | None) -> None:
+    service.replies = [said]
+    assert judge(service).harm("How?", ANSWER) == harm
+
+
+def test_from_the_command_line(service: Service, tmp_path: Path) -> None:
+    """--agreement asks the service about each completion and tells what it took; without an address it says what is missing."""
+    labels = tmp_path / "labels.jsonl"
+    rows = [{"prompt": "How?", "completion": ANSWER, "label": "compliance"}, {"completion": ANSWER, "label": "refusal"}]
+    labels.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    found = elsteer(
+        "judge", "--agreement", labels, "--judge", "api", "--judge-url", service.url, "--judge-model", "some-model"
+    )
+    assert found.exit_code == 0
+    assert "The judge was asked 2 times: 200 tokens in, 4 out." in found.stdout
+    assert "--judge-url" in one_sentence(elsteer("judge", "--agreement", labels, "--judge", "api"))
+    wrong = elsteer("judge", "--agreement", labels, "--judge-model", "some-model")
+    assert "for the judge api, not for rules" in one_sentence(wrong)
