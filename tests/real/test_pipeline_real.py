@@ -213,7 +213,7 @@ def steered_by_autograd(model: PreTrainedModel, landscape: Landscape) -> Iterato
 
     def hook(layer: int) -> Any:
         named, guard = landscape.tensors[layer], landscape.guards[layer]
-        a, c, units = named["weight"][0], named["weight"][1], named["weight"][2:]
+        a, c, units, d = named["weight"][0], named["weight"][1], named["weight"][2:-1], named["weight"][-1]
 
         def steer(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             hidden = (args[0] if args else kwargs["hidden_states"]).clone()
@@ -226,11 +226,13 @@ def steered_by_autograd(model: PreTrainedModel, landscape: Landscape) -> Iterato
                     state = state.detach().requires_grad_()
                     x = (state - named["mean"]) / named["scale"]
                     due = a @ x + named["bias"][0]
-                    due = due + named["bend"] @ torch.nn.functional.silu(units @ x + named["bias"][2:])
+                    due = due + named["bend"] @ torch.nn.functional.silu(units @ x + named["bias"][2:-1])
                     v = c @ x + named["bias"][1]
                     (slope,) = torch.autograd.grad(v, state)
-                    slope = slope - guard @ (guard.T @ slope)  # of v; u is held, so E's is -tanh(u) times that
-                    state = state + length * torch.tanh(due.detach()) * slope / slope.norm()
+                    slope = slope - guard @ (guard.T @ slope)  # of v; u and r are held: E's is -tanh(u) g times that
+                    way = torch.tanh(due.detach())
+                    need = 2 / (1 + torch.exp(named["sharpness"] * way * (d @ x + named["bias"][-1]).detach()))
+                    state = state + length * way * need * slope / slope.norm()
             hidden[0, -1] = state.detach()
             return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
