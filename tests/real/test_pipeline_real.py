@@ -281,7 +281,7 @@ def test_fast_and_plain_paths_agree(
         with way:
             wanted = [judge.judge(one.text, answer(ids)).label for one, ids in zip(prompts, rows, strict=True)]
         assert [one.label for one in fast_ones] == wanted
-    assert {one.label for one in plain} == {"refusal", "compliance"}
+    assert {one.label for one in plain} >= {"refusal", "compliance"}  # 12 tokens may only repeat the question
     assert [one.label for one in plain] != [one.label for one in steered] or landscape.rule.strength == 0
     refused = torch.tensor([one.label == "refusal" for one in plain])
     for layer in landscape.rule.layers:
