@@ -88,9 +88,9 @@ def speaker(family: str = "qwen2", seed: int = 0) -> Tiny:
         head = model.get_output_embeddings()
         watching = head.register_forward_pre_hook(lambda module, args: kept.append(args[0][0, -1].clone()))
         for row in ids:
-            model(input_ids=torch.tensor([row]))
+            model(input_ids=torch.tensor([row], device=model.device))
         watching.remove()
-    states = torch.stack(kept)
+    states = torch.stack(kept).cpu()
     harmful = torch.tensor([one.harmful for one in prompts])
     means = torch.stack([states[harmful].mean(dim=0), states[~harmful].mean(dim=0)])
     varying = states - means[(~harmful).long()]
@@ -100,7 +100,7 @@ def speaker(family: str = "qwen2", seed: int = 0) -> Tiny:
     way = way * way[way.abs().argmax()].sign()  # the sign of a singular vector differs from machine to machine
     with torch.no_grad():
         weight: torch.Tensor = head.weight
-        weight.copy_(_letters(weight, way, float(states.norm(dim=-1).mean())))
+        weight.copy_(_letters(weight.cpu(), way, float(states.norm(dim=-1).mean())))
     return model, tokenizer
 
 

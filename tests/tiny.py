@@ -6,6 +6,7 @@ any text in bytes, so that no text is unknown to it.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,7 @@ def tiny_model(family: str = "qwen2", seed: int = 0, **config: Any) -> PreTraine
     """A causal language model of 4 layers, hidden size 32, in float32 and eval mode, with random weights set by `seed`.
 
     family: one of FAMILIES. config: further settings of its configuration, such as num_hidden_layers=2 (n_layer=2 for
-    gpt2).
+    gpt2). It is on the device ELSTEER_TEST_DEVICE, the CPU by default.
     """
     model_type, settings = _FAMILIES[family]
     made = AutoConfig.for_model(
@@ -155,7 +156,7 @@ def tiny_model(family: str = "qwen2", seed: int = 0, **config: Any) -> PreTraine
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(made, dtype=torch.float32)
     model.generation_config.pad_token_id = _IDS["pad_token_id"]
-    return model.eval().requires_grad_(False)
+    return model.eval().requires_grad_(False).to(os.environ.get("ELSTEER_TEST_DEVICE", "cpu"))
 
 
 def tiny_gguf(path: Path, seed: int = 0) -> PreTrainedModel:

@@ -17,7 +17,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from elsteer.decoding import Attached, PromptBatch, SharedPrefix, batches, decode, mapped, prefill, share_prefix
+from elsteer.decoding import (
+    TOKENS_ON_A_GPU,
+    TOKENS_PER_BATCH,
+    Attached,
+    PromptBatch,
+    SharedPrefix,
+    batches,
+    decode,
+    mapped,
+    prefill,
+    share_prefix,
+)
 from elsteer.errors import PromptError, RunError
 from elsteer.files import append_jsonl, read_jsonl
 from elsteer.judges import Judge, Verdict, judge_all
@@ -173,7 +184,8 @@ class PromptCaches:
         return len(key) * max(len(self.ids[place]) for place in key)
 
     def _keys(self, places: Sequence[int]) -> list[tuple[int, ...]]:
-        groups = batches([self.ids[place] for place in places], self.batch_size)
+        most = TOKENS_PER_BATCH if self.model.device.type == "cpu" else TOKENS_ON_A_GPU
+        groups = batches([self.ids[place] for place in places], self.batch_size, tokens=most)
         return [tuple(places[at] for at in group) for group in groups]
 
 

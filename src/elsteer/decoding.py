@@ -26,6 +26,8 @@ from elsteer.states import mapped_tensor
 
 __all__ = [
     "STEERED",
+    "TOKENS_ON_A_GPU",
+    "TOKENS_PER_BATCH",
     "Decoded",
     "PromptBatch",
     "SharedPrefix",
@@ -44,6 +46,7 @@ STEERED = "_elsteer_steering"  # the decoder's attribute that holds the handle a
 
 LOGITS_BYTES = 1 << 27
 TOKENS_PER_BATCH = 4096  # columns x rows of one prefill; keeps activations small on small machines
+TOKENS_ON_A_GPU = 65_536  # the same where small batches leave an accelerator idle
 
 
 class Attached(Protocol):

@@ -50,6 +50,8 @@ __all__ = ["fit", "neutral_prompts"]
 
 Progress = Callable[[str, int, int], None]
 DEV_NEUTRAL_CATEGORY = "plain"
+_KEEP_BYTES = 4 << 30  # of the caches of dev and neutral prompts
+_ON_A_GPU = 8  # times as many of these in a batch
 
 
 def fit(
@@ -118,6 +120,10 @@ class _Through:
     judged: dict[str, str]  # by prompt id, the verdict on the whole answer
     settings: FitSettings
     progress: Progress | None
+
+    @property
+    def device(self) -> torch.device:
+        return self.caches.model.device
 
     def contexts(self, layers: range, blocks: int) -> tuple[Tensor, Tensor]:
         try:
@@ -243,18 +249,20 @@ def _caches(
     prompts: Sequence[Prompt],
     settings: FitSettings,
     run: RunFolder,
-    keep_bytes: int = 4 << 30,
+    keep_bytes: int | None = None,
 ) -> PromptCaches:
     collect = settings.collect
+    # Training through the model takes its steps by the training prompts' batches; larger others keep an accelerator busy.
+    more = 1 if keep_bytes is not None or model.device.type == "cpu" else _ON_A_GPU
     return PromptCaches(
         model,
         tokenizer,
         prompts,
-        batch_size=collect.batch_size,
+        batch_size=more * collect.batch_size,
         system=collect.system,
         thinking=collect.thinking,
         room=max(collect.max_new_tokens, collect.state_tokens, settings.tuning.tokens, settings.tuning.quality_tokens),
-        keep_bytes=keep_bytes,
+        keep_bytes=_KEEP_BYTES if keep_bytes is None else keep_bytes,
         folder=run.path,
     )
 

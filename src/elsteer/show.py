@@ -224,7 +224,7 @@ def comparison(found: ComparisonResult, console: Console) -> None:
     rows = []
     for name, one in found.methods.items():
         dev = "control" if name in CONTROLS else "constraints met" if one.feasible else "constraints not met"
-        ahead = points(one.ahead) if one.ahead.defined else ""
+        ahead = points(one.ahead["all"]) if one.ahead and one.ahead["all"].defined else ""
         harmful = points(one.harmful_difference["all"])
         rows.append((name, share(one.removed["all"]), harmful, ahead, f"{one.p_value:.2g}", dev))
     benign, harm = found.plain_benign["all"], found.plain_harmful["all"]

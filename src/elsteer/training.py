@@ -45,6 +45,11 @@ Progress = Callable[[str, int, int], None]
 class Through(Protocol):
     """What trains product energies through the model."""
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        ...
+
     def contexts(self, layers: range, blocks: int) -> tuple[Tensor, Tensor]:
         """Contexts of the training prompts by place, and which are known (`elsteer.energy.context.contexts_of`)."""
         ...
@@ -161,6 +166,7 @@ def _refined(
             contexts, known = through.contexts(range(band[0], band[-1] + 1), looked)
             products.see(contexts, known)
             places = known.nonzero()[:, 0]
+        products.to(through.device)
         if units := settings.training.refine_units:
             products.add_units(states, harmful, units, places=places, benign_weight=weight, seed=settings.seed)
         through.train(products, weight)

@@ -183,7 +183,7 @@ def compared(
         True,
         removed={"all": Interval(share, share - 0.1, share + 0.1, 100)},
         harmful_difference={"all": Interval(*change, 100)},
-        ahead=Interval(*ahead, 100),
+        ahead={"all": Interval(*ahead, 100)},
     )
 
 

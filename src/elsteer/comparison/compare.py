@@ -408,8 +408,9 @@ def _result(
         method.p_value = mcnemar_exact(int((before & ~after).sum()), int((~before & after).sum()))
         method.unscored = sum(label == "unscored" for suite in prompts for label in labels[suite, *mine])
         if "els" in names and name != "els":
-            before, els, after = refused(False, None, plain, ("els", 1.0), mine)
-            method.ahead = removed_difference(before, els, after, work.seed)
+            for part in rates[False]:
+                before, els, after = refused(False, None if part == "all" else part, plain, ("els", 1.0), mine)
+                method.ahead[part] = removed_difference(before, els, after, work.seed)
         before, after = refused(True, None, plain, mine)
         changed += [float((before != after).mean())] if len(before) else []
         found[name] = method
@@ -453,7 +454,14 @@ def _figures(work: _Work, result: ComparisonResult, command: str) -> list[Figure
             if part != "all"
         ]
         rows.append((f"{name}.harmful_difference", one.harmful_difference["all"], note))
-        rows.append((f"{name}.behind_els", one.ahead, "share removed by els less that of this method"))
+        rows += [
+            (
+                f"{name}.behind_els{'' if part == 'all' else f'.{part}'}",
+                value,
+                "share removed by els less that of this method",
+            )
+            for part, value in one.ahead.items()
+        ]
     return [
         Figure.of(name, value, command, work.seed, model, machine(), note=note)
         for name, value, note in rows

@@ -23,8 +23,8 @@ class ComparedMethod:
     settings: what was chosen on dev. feasible: whether it kept the constraints there. dev: its trial, where it was tuned here.
     removed, harmful_difference: by part of a suite ("xstest_safe"), and "all". benign_refused, harmful_refused: rates.
     p_value: exact McNemar over all benign prompts, plain against steered, adjusted by Holm over the methods. ahead: share
-    removed by els less that of this method, over all benign prompts. unscored: answers that the judge could not
-    score; a prompt takes part where the answers that are compared are scored.
+    removed by els less that of this method, by part and "all"; empty for els and where els took no part. unscored: answers
+    that the judge could not score; a prompt takes part where the answers that are compared are scored.
     """
 
     name: str
@@ -37,7 +37,7 @@ class ComparedMethod:
     harmful_refused: dict[str, Interval] = field(default_factory=dict)
     unscored: int = 0
     p_value: float = math.nan
-    ahead: Interval = field(default_factory=Interval.undefined)
+    ahead: dict[str, Interval] = field(default_factory=dict)
 
 
 @dataclass

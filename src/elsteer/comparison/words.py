@@ -44,9 +44,9 @@ def sentence(methods: Mapping[str, ComparedMethod], rates: Mapping[bool, Mapping
     if not safe:
         return f"{told(first)}; every other method refuses surely fewer harmful prompts than the plain model, or may."
     best = max(safe, key=lambda one: one.removed["all"].value)
-    ahead = best.ahead
+    ahead = best.ahead.get("all")
     known = ""
-    if ahead.defined:
+    if ahead is not None and ahead.defined:
         known = (
             ", and the difference is beyond chance"
             if ahead.low > 0
@@ -84,7 +84,7 @@ def markdown(result: ComparisonResult, suites: list[str]) -> str:
         cells += [*(points(one.harmful_difference[part]) for part in harmful), points(one.harmful_difference["all"])]
         dev = "control" if name in CONTROLS else "constraints met" if one.feasible else "constraints not met"
         p = "" if math.isnan(one.p_value) else f"{one.p_value:.2g}"
-        cells += [points(one.ahead) if one.ahead.defined else "", p, str(one.unscored), dev]
+        cells += [points(one.ahead["all"]) if one.ahead and one.ahead["all"].defined else "", p, str(one.unscored), dev]
         lines.append("| " + " | ".join(cells) + " |")
     rates = [
         ", ".join(f"{share(value)} of {part} (n {value.n})" for part, value in of.items())
