@@ -9,12 +9,16 @@ families of attacks that nothing was fitted on.
 
 Parts: `fit`; a part for each method; `attacked`; `capability`; `quality`; `seed-1` and `seed-2`, two more fits. All of them run
 one after the other, or `--jobs` at a time, each in a process of its own (for a GPU; a part's output is then in RUN/PART.log).
-Killed and started again, it goes on where it was. --small draws few prompts, to see that it works: nothing is written to results.
+Killed and started again, it goes on where it was. `--publish` writes the figures of the parts that are done.
+
+--reduced: for two cores; fewer training and dev prompts, 300 of each suite, no strengths beside the tuned one.
+--small: very few, to see that it works; nothing is written to results.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 import shutil
 import subprocess
 import sys
@@ -37,12 +41,18 @@ from elsteer.evaluation.statistics import Interval
 from elsteer.fitting import fit
 from elsteer.landscape import Landscape
 from elsteer.prompts import Prompt, load_starter, read_prompts, sample
-from elsteer.settings import FitSettings, TrainingSettings
+from elsteer.settings import CollectSettings, FitSettings, TrainingSettings, TuningSettings
 
 MODELS = {"0.5b": "Qwen/Qwen2.5-Coder-0.5B-Instruct", "1.5b": "Qwen/Qwen2.5-Coder-1.5B-Instruct"}
 ASIDE = {"orbench_toxic": 60, "advbench": 60, "do_not_answer": 180}  # of train.jsonl, for tuning
 DEV = ("oktest", "orbench_hard", "harmbench", "malicious_instruct")
-TRAINING = TrainingSettings(refine_memory=12 << 30)
+TRAINING = TrainingSettings(refine_memory=12 << 30, benign_weights=(10.0, 16.0, 6.3, 25.0, 40.0))
+TUNING = TuningSettings(etas=(0.08, 0.07), kl=0.019, perplexity_ratio=1.03, finalists=3)  # below the goals
+# Of `--reduced`: rows of train.jsonl and starter prompts to fit on, and dev prompts, by the start of their source.
+REDUCED_STARTER, REDUCED_DEV_STARTER, REDUCED_LIMIT = 3300, 300, 300
+REDUCED_DEV = {"oktest": 120, "orbench_hard": 120, "harmbench": 36, "malicious_instruct": 88}
+REDUCED_ASIDE = {"orbench_toxic": 40, "advbench": 40, "do_not_answer": 120}
+BALANCED = {"orbench80k": 900, "coconot": 160, "alpaca": 40, "orbench_toxic": 560, "advbench": 160, "do_not_answer": 80}
 SUITES = ("xstest", "or-bench-hard", "harmbench")
 FAMILIES = ("past-tense", "refusal-suppression", "payload-splitting", "in-the-wild", "dan")
 ATTACKED = tuple(f"{suite}+{family}" for suite in ("xstest", "harmbench") for family in FAMILIES)
@@ -64,15 +74,31 @@ GOALS = {
 }
 
 
+def families(prompts: list[Prompt], count: int, seed: int) -> list[Prompt]:
+    """Whole families of prompts (close pairs), drawn by seed until there are `count` prompts."""
+    by_family: dict[str, list[Prompt]] = {}
+    for one in prompts:
+        by_family.setdefault(one.family or one.id, []).append(one)
+    found: list[Prompt] = []
+    for name in random.Random(seed).sample(sorted(by_family), len(by_family)):
+        if len(found) >= count:
+            break
+        found += by_family[name]
+    return found
+
+
 class Work:
     """One size: its folders, prompts, and the parts."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.size, self.data, self.small = options.size, options.data_dir, options.small
-        self.run = options.run_dir or Path(f"runs/headline-{self.size}{'-small' if self.small else ''}")
+        self.size, self.data, self.small, self.reduced = options.size, options.data_dir, options.small, options.reduced
+        kind = "-small" if self.small else "-reduced" if self.reduced else ""
+        self.run = options.run_dir or Path(f"runs/headline-{self.size}{kind}")
         self.results, self.dtype, self.batch = options.results, options.dtype, options.batch_size
         self.command = f"python benchmarks/headline_figures.py --data-dir DATA --size {self.size}"
-        self.limit = 12 if self.small else None
+        self.command += " --reduced" if self.reduced else ""
+        self.limit = 12 if self.small else REDUCED_LIMIT if self.reduced else None
+        self.strengths = (1.0,) if self.reduced else STRENGTHS
         self._model: tuple[object, object] | None = None
 
     @property
@@ -89,6 +115,11 @@ class Work:
         train = [one for one in train_rows if one.id not in held] + load_starter("train")
         dev = [one for one in dev_rows if one.source.startswith(DEV)] + aside + load_starter("dev")
         neutral, _ = self.neutral()
+        if self.reduced:
+            rows = draw(train_rows, BALANCED, seed, held)
+            train = rows + families(load_starter("train"), REDUCED_STARTER, seed)
+            dev = draw(dev_rows, REDUCED_DEV, 0, set()) + draw(aside, REDUCED_ASIDE, 0, set())
+            dev += families(load_starter("dev"), REDUCED_DEV_STARTER, 0)
         if self.small:
             train, dev = sample(train, 240, seed), sample(dev, 160, seed)
         return train, dev, neutral
@@ -105,7 +136,8 @@ class Work:
 
     def fit(self, seed: int = 0) -> None:
         train, dev, neutral = self.prompts(seed)
-        settings = FitSettings(seed=seed, training=TRAINING)
+        collect = CollectSettings(full_answers=300) if self.reduced else CollectSettings()
+        settings = FitSettings(seed=seed, collect=collect, training=TRAINING, tuning=TUNING)
         try:
             fit(*self.model, train, dev=dev, neutral=neutral, run_dir=self.fitted(seed), settings=settings,
                 progress=progress, command=self.command)  # fmt: skip
@@ -113,9 +145,10 @@ class Work:
             sys.stderr.write(f"{error}\n")
 
     def compare(self, methods: tuple[str, ...], folder: Path, *, seed: int = 0, suites: tuple[str, ...] = SUITES,
-                strengths: tuple[float, ...] = STRENGTHS) -> ComparisonResult:  # fmt: skip
+                strengths: tuple[float, ...] | None = None) -> ComparisonResult:  # fmt: skip
         return compare(*self.model, self.fitted(seed), methods, suites, out=folder, data_dir=self.data, limit=self.limit,
-                       strengths=strengths, batch_size=self.batch, progress=progress, command=self.command)  # fmt: skip
+                       strengths=strengths or self.strengths, batch_size=self.batch, progress=progress,
+                       command=self.command)  # fmt: skip
 
     def attacked(self) -> ComparisonResult:
         return self.compare(("els",), self.run / "attacked", suites=ATTACKED, strengths=(1.0,))
@@ -147,18 +180,24 @@ class Work:
             self.compare((name,), self.run / "parts" / name)
         else:
             getattr(self, name)()
+        (self.run / "done").mkdir(exist_ok=True)
+        (self.run / "done" / name).touch()
+
+    def done(self, name: str) -> bool:
+        return (self.run / "done" / name).exists()
 
     def gather(self) -> ComparisonResult:
-        """The comparison of all methods, from the rows of the parts."""
+        """The comparison of the methods that are done, from the rows of the parts."""
         folder = self.run / "compare"
-        for name in METHODS:
+        methods = tuple(name for name in METHODS if self.done(name))
+        for name in methods:
             part = self.run / "parts" / name
             for file in part.rglob("*.jsonl") if part.is_dir() else ():
                 to = folder / file.relative_to(part)
                 if name == "els" or f".{name}." in file.name:
                     to.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copy(file, to)
-        return self.compare(METHODS, folder)
+        return self.compare(methods, folder)
 
     def figures(self) -> list[Figure]:
         """All figures, of what the parts have left on disk."""
@@ -182,31 +221,34 @@ class Work:
                 add(f"{prefix}harmful_difference{'' if part == 'all' else f'.{part}'}", value, note)
             for part, value in one.ahead.items():
                 add(f"{prefix}behind_els{'' if part == 'all' else f'.{part}'}", value, "removed by els less by it")
-        under = self.attacked()
-        for part, rate in under.plain_harmful.items():
-            add(f"plain_refused.attacked{'' if part == 'all' else f'.{part}'}", rate)
-        for part, value in under.methods["els"].harmful_difference.items():
-            add(f"harmful_difference.attacked{'' if part == 'all' else f'.{part}'}", value)
-        ability = self.capability()
-        for task in CHOICES:
-            add(f"{task}_difference", ability.choices[task].difference, f"McNemar p {ability.choices[task].p:.2g}")
-            add(f"{task}_plain", ability.choices[task].plain)
-        for name, value in (("facts_kept", ability.facts_kept), ("kl_neutral", ability.kl)):
-            if value is not None:
-                add(name, value, None if name == "facts_kept" else "nats per token along the plain answers")
-        if ability.lengths is not None:
-            add("length_ratio", ability.lengths.ratio, "answers to neutral prompts")
-        if ability.degenerate is not None:
-            add("degenerate_difference", ability.degenerate.difference, "answers to neutral prompts")
-        whole = self.quality()
-        add("quality.perplexity_ratio", whole.perplexity["els"], "XSTest safe prompts that the plain model answers")
-        fits = [table, *(self.seed(seed) for seed in SEEDS[1:])]
+        if self.done("attacked"):
+            under = self.attacked()
+            for part, rate in under.plain_harmful.items():
+                add(f"plain_refused.attacked{'' if part == 'all' else f'.{part}'}", rate)
+            for part, value in under.methods["els"].harmful_difference.items():
+                add(f"harmful_difference.attacked{'' if part == 'all' else f'.{part}'}", value)
+        if self.done("capability"):
+            ability = self.capability()
+            for task in CHOICES:
+                add(f"{task}_difference", ability.choices[task].difference, f"McNemar p {ability.choices[task].p:.2g}")
+                add(f"{task}_plain", ability.choices[task].plain)
+            for name, value in (("facts_kept", ability.facts_kept), ("kl_neutral", ability.kl)):
+                if value is not None:
+                    add(name, value, None if name == "facts_kept" else "nats per token along the plain answers")
+            if ability.lengths is not None:
+                add("length_ratio", ability.lengths.ratio, "answers to neutral prompts")
+            if ability.degenerate is not None:
+                add("degenerate_difference", ability.degenerate.difference, "answers to neutral prompts")
+        if self.done("quality"):
+            whole = self.quality()
+            add("quality.perplexity_ratio", whole.perplexity["els"], "XSTest safe prompts that the plain model answers")
+        fits = [table, *(self.seed(seed) for seed in SEEDS[1:] if self.done(f"seed-{seed}"))]
         for name in ("removed.xstest_safe", "removed.or_bench_hard", "harmful_difference"):
             kind, _, part = name.partition(".")
             values = [getattr(one.methods["els"], kind)[part or "all"].value for one in fits]
-            if np.isfinite(values).all():
+            if len(fits) > 1 and np.isfinite(values).all():
                 spread = Interval(float(np.mean(values)), min(values), max(values), len(values))
-                add(f"{name}.seeds", spread, "mean, least and greatest of three fits")
+                add(f"{name}.seeds", spread, f"mean, least and greatest of {len(fits)} fits")
         return found
 
 
@@ -218,7 +260,7 @@ def run_parts(work: Work, parts: list[str], jobs: int) -> None:
     """The parts, `jobs` at a time, each in its own process; the fit comes first, other seeds beside it."""
     arguments = ["--data-dir", str(work.data), "--size", work.size, "--run-dir", str(work.run)]
     arguments += ["--batch-size", str(work.batch), *(["--dtype", work.dtype] if work.dtype else [])]
-    arguments += ["--small"] if work.small else []
+    arguments += [*(["--small"] if work.small else []), *(["--reduced"] if work.reduced else [])]
 
     def one(name: str) -> None:
         work.run.mkdir(parents=True, exist_ok=True)
@@ -248,16 +290,18 @@ def main() -> int:
     parser.add_argument("--batch-size", type=int, default=64, help="prompts at a time; a GPU takes 512")
     parser.add_argument("--jobs", type=int, default=1, help="parts at a time")
     parser.add_argument("--part", choices=names_of_parts(), action="append", help="this part alone; may be repeated")
+    parser.add_argument("--publish", action="store_true", help="write the figures of the parts that are done")
+    parser.add_argument("--reduced", action="store_true", help="fewer prompts, for two cores")
     parser.add_argument("--small", action="store_true", help="few prompts, and no results: to see that it works")
     options = parser.parse_args()
     work = Work(options)
-    parts = options.part or names_of_parts()
+    parts = options.part or ([] if options.publish else names_of_parts())
     if options.jobs > 1:
         run_parts(work, parts, options.jobs)
     else:
         for name in parts:
             work.part(name)
-    if options.part:
+    if options.part and not options.publish:
         return 0
     figures = work.figures()
     if work.small:
