@@ -212,7 +212,29 @@ def evaluation(found: Evaluation, console: Console) -> None:
             "",
             soft_wrap=True,
         )
+    for method, harm in found.harm.items():
+        change = harm.difference
+        console.print(
+            f"Harm of the answers to harmful prompts ({method}), 0 to 1: {harm.plain.value:.3f} to {harm.steered.value:.3f}, "
+            f"difference {change.value:+.3f} ({change.low:+.3f} to {change.high:+.3f}, n {change.n}).",
+            "",
+            soft_wrap=True,
+        )
+    if found.judge_accuracy:
+        console.print(_corrected(found), "", soft_wrap=True)
     console.print(found.sentence, soft_wrap=True)
+
+
+def _corrected(found: Evaluation) -> str:
+    """The totals' rates, corrected for the judge's error."""
+    from elsteer.evaluation.tables import percent
+
+    judge = found.judge_accuracy[0]
+    parts = [
+        f"{one.right_answer} {percent(one.corrected_plain)} -> {percent(one.corrected_steered)}"
+        for one in found.comparisons()["total"]
+    ]
+    return f"Refused, corrected for errors of the judge {judge.name} (as on {judge.labels}): {'; '.join(parts)}."
 
 
 def comparison(found: ComparisonResult, console: Console) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from elsteer.errors import LandscapeError, PromptError, RunError
+from elsteer.errors import JudgeError, LandscapeError, PromptError, RunError
 from elsteer.evaluation.evaluate import Evaluation, evaluate
 from elsteer.judges import JUDGES, Verdict
 from elsteer.landscape import Landscape
@@ -410,3 +410,61 @@ def test_what_cannot_be_evaluated_is_said_before_anything_is_computed(
             evaluated(tiny, [landscape], [suite], tmp_path / "run")
     assert passes == []
     assert not (tmp_path / "run/evaluation").exists()
+
+
+# The judge's error, and harm
+
+
+def test_rates_are_corrected_by_the_judge_s_error_on_labels(
+    tiny: Tiny, landscape: Landscape, suite: Path, tmp_path: Path
+) -> None:
+    """Of ten refusals by people's word the letters judge finds eight, of ten compliances all."""
+    said = [("zebra", True)] * 8 + [("apple", True)] * 2 + [("apple", False)] * 10
+    labels = tmp_path / "labels.jsonl"
+    labels.write_text("".join(json.dumps({"completion": text, "label": one}) + "\n" for text, one in said))
+    found = evaluated(tiny, [landscape], [suite], tmp_path / "run", quality=False, judge_labels=[labels])
+    (judge,) = found.judge_accuracy
+    assert (judge.name, judge.labels) == ("letters", "labels")
+    assert (judge.refusals_found, judge.refusals, judge.compliances_found, judge.compliances) == (8, 10, 10, 10)
+    for one in found.comparisons()["total"]:
+        assert one.corrected_plain is not None
+        assert one.corrected_plain.value == pytest.approx(min(1.0, one.refused_plain.value / 0.8))
+    assert "labels" in found.report.read_text()
+    plain = evaluated(tiny, [landscape], [suite], tmp_path / "run", quality=False)
+    assert plain.judge_accuracy == []
+    assert all(one.corrected_plain is None for one in plain.comparisons()["total"])
+
+
+class HarmJudge(LetterJudge):
+    """Also says how harmful an answer is: by its second letter; a third of the answers it cannot read."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def harms(self, prompts: list[str], completions: list[str]) -> list[float | None]:
+        self.asked += completions
+        return [None if len(text) < 2 or ord(text[1]) % 3 == 0 else ord(text[1]) % 2 for text in completions]
+
+
+def test_harm_of_the_answers_to_harmful_prompts(tiny: Tiny, landscape: Landscape, suite: Path, tmp_path: Path) -> None:
+    judge = HarmJudge()
+    options: dict[str, Any] = {"judge": judge, "harm": True, "quality": False}
+    found = evaluated(tiny, [landscape], [suite], tmp_path / "run", **options)
+    harmful = [row for row in found.rows if row["harmful"]]
+    assert sorted(judge.asked) == sorted(row["completion"] for row in harmful)
+    by = {
+        name: {row["prompt_id"]: judge.harms([""], [row["completion"]])[0] for row in harmful if row["method"] == name}
+        for name in ("none", "els")
+    }
+    pairs = [(by["none"][one], by["els"][one]) for one in by["none"] if None not in (by["none"][one], by["els"][one])]
+    assert 0 < len(pairs) < len(by["none"])
+    harm = found.harm["els"]
+    assert harm.difference.n == len(pairs)
+    assert harm.plain.value == pytest.approx(sum(float(a or 0) for a, _ in pairs) / len(pairs))
+    assert harm.difference.value == pytest.approx(sum(float(b or 0) - float(a or 0) for a, b in pairs) / len(pairs))
+    assert "harm of the answers" in found.report.read_text()
+    judge.asked.clear()
+    assert evaluated(tiny, [landscape], [suite], tmp_path / "run", **options).harm == found.harm
+    assert judge.asked == [], "what is on disk is not asked again"
+    with pytest.raises(JudgeError, match="letters cannot tell how harmful"):
+        evaluated(tiny, [landscape], [suite], tmp_path / "run", harm=True)

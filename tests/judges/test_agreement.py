@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from elsteer.errors import JudgeError
+from elsteer.evaluation.correction import RULES, accuracy_on
 from elsteer.judges import RulesJudge
 from elsteer.judges.agreement import agreement, early_decisions, read_labels
 
@@ -124,3 +125,8 @@ def test_early_decisions_are_rarely_taken_back(shared_data: Path) -> None:
     assert early.differ < 0.02
     assert early.decided > 0.8
     assert early.characters <= 150
+
+
+@pytest.mark.parametrize(("at", "file"), [(0, "xstest_human.jsonl"), (1, "wildguardtest_half.jsonl")])
+def test_what_is_known_of_the_rules_is_what_the_labels_say(shared_data: Path, at: int, file: str) -> None:
+    assert accuracy_on(RulesJudge(), shared_data / "judge" / file, RULES[at].labels) == RULES[at]

@@ -152,4 +152,4 @@ def test_from_the_command_line(service: Service, tmp_path: Path) -> None:
     assert "The judge was asked 2 times: 200 tokens in, 4 out." in found.stdout
     assert "--judge-url" in one_sentence(elsteer("judge", "--agreement", labels, "--judge", "api"))
     wrong = elsteer("judge", "--agreement", labels, "--judge-model", "some-model")
-    assert "for the judge api, not for rules" in one_sentence(wrong)
+    assert "for the judges api and local, not for rules" in one_sentence(wrong)

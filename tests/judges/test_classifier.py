@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from commands import elsteer, one_sentence
 from elsteer.errors import JudgeError
 from elsteer.judges import get_judge
 from elsteer.judges.agreement import LabelledCompletion, read_labels
@@ -98,3 +99,20 @@ def test_it_is_trained_at_first_use_and_kept(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "judge/xstest_human.jsonl").unlink()
     assert get_judge("classifier").judge("", "The harbour is closed to the kettle.") == first
     assert len(read_labels(tmp_path / "judge/wildguardtest_half.jsonl")) == 60
+
+
+def test_train_and_use_from_the_command_line(tmp_path: Path) -> None:
+    labels = tmp_path / "labels.jsonl"
+    lines = [json.dumps({"prompt": r.prompt, "completion": r.completion, "label": r.refusal}) for r in rows()]
+    labels.write_text("\n".join(lines), encoding="utf-8")
+    trained = elsteer("judge", "--train", labels, "--out", tmp_path / "mine", "--agreement", labels)
+    assert trained.exit_code == 0, trained.output
+    assert "has learned from these very completions" in trained.stdout
+    judge = get_judge(str(tmp_path / "mine"))
+    assert judge.name.startswith("classifier ")
+    assert judge.judge("", "The harbour is closed to the kettle.").label == "refusal"
+    again = elsteer("judge", "--judge", tmp_path / "mine", "--agreement", labels)
+    assert again.exit_code == 0
+    assert "1.000" in again.stdout
+    assert "--train" in one_sentence(elsteer("judge", "--out", tmp_path / "other", "--agreement", labels))
+    assert "--agreement" in one_sentence(elsteer("judge"))

@@ -74,27 +74,62 @@ def where(name: str) -> None:
     click.echo(str(folder))
 
 
-@click.command(short_help="Measure a judge against people.")
-@click.option("--agreement", type=FILE, metavar="FILE", required=True, help="Completions with human labels.")
-@click.option("--judge", "name", default="rules", show_default=True, help="Which judge: rules, classifier or api.")
+@click.command(short_help="Measure a judge against people, or train one.")
+@click.option("--agreement", type=FILE, metavar="FILE", help="Completions with human labels to measure it on.")
+@click.option(
+    "--judge",
+    "name",
+    default="rules",
+    show_default=True,
+    help="rules, classifier, api, local, or a trained one's folder.",
+)
 @judge_options
+@click.option(
+    "--train", type=FILE, multiple=True, metavar="FILE", help="Train a classifier on these labels; may be repeated."
+)
+@click.option("--out", type=FILE, metavar="FOLDER", help="Folder for the classifier that is trained.")
 @debug_option
-def judge(agreement: Path, name: str, judge_url: str | None, judge_model: str | None) -> None:
-    """Measure a judge on completions that people have labelled, for each model that wrote them.
+def judge(
+    agreement: Path | None,
+    name: str,
+    judge_url: str | None,
+    judge_model: str | None,
+    train: tuple[Path, ...],
+    out: Path | None,
+) -> None:
+    """Measure a judge on completions that people have labelled, for each model that wrote them; or train a classifier.
 
     FILE is JSONL or CSV with `completion` and `label` (refusal or compliance), or in the form of XSTest, WildGuardTest or
     PyRIT.
 
     \b
     Example:  elsteer judge --agreement xstest_human.jsonl
+    Example:  elsteer judge --train xstest_human.jsonl --out my-judge --agreement other_labels.jsonl
     """
     from elsteer import show
-    from elsteer.judges import get_judge
+    from elsteer.judges import Judge, get_judge
     from elsteer.judges.agreement import agreement as measure
 
-    judging = get_judge(name, url=judge_url, model=judge_model)
+    if not train and agreement is None:
+        raise click.UsageError("Give --agreement FILE to measure a judge, or --train FILE --out FOLDER to train one.")
+    if bool(train) != (out is not None):
+        raise click.UsageError("--train and --out go together: labels to learn from, and a folder for the classifier.")
+    judging: Judge
+    if out is not None:
+        from elsteer.judges.classifier import train_files
+
+        judging = train_files(train, out)
+        click.echo(f"The classifier is in {out}: use it with --judge {out}.")
+    else:
+        judging = get_judge(name, url=judge_url, model=judge_model)
+    if agreement is None:
+        return
     rows = measure(judging, agreement)
     screen().print(show.agreement_table(rows, f"The judge {judging.name} against people"))
     if spent := show.judge_usage(judging):
         click.echo(spent)
-    click.echo("False positives are people's compliances that it calls refusals. Nothing was written.")
+    if any(agreement.resolve() == file.resolve() for file in train):
+        click.echo("It has learned from these very completions: on others it is worse.")
+    click.echo(
+        "False positives are people's compliances that it calls refusals." + ("" if out else " Nothing was written.")
+    )

@@ -47,9 +47,13 @@ def model_options(command: Command) -> Command:
 
 
 def judge_options(command: Command) -> Command:
-    """Where the judge `api` is."""
+    """Which model the judges `api` and `local` are."""
     for option in (
-        click.option("--judge-model", metavar="NAME", help="Name of the model, for --judge api."),
+        click.option(
+            "--judge-model",
+            metavar="NAME",
+            help="The service's model, for --judge api; a guard model, for --judge local.",
+        ),
         click.option(
             "--judge-url",
             metavar="URL",

@@ -166,6 +166,14 @@ def fit(
 @click.option("--run-dir", type=FILE, help="Folder for all files. [default: the landscape's run folder]")
 @click.option("--judge", default="rules", show_default=True, help="Who says whether an answer refuses.")
 @judge_options
+@click.option(
+    "--judge-labels",
+    type=FILE,
+    multiple=True,
+    metavar="FILE",
+    help="Answers that people labelled: the judge is measured on them, and rates are corrected. [default for rules: known]",
+)
+@click.option("--harm", is_flag=True, help="Also ask the judge (api or local) how harmful answers are.")
 @click.option("--quality/--no-quality", default=True, help="Also measure whole answers. [default: yes]")
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Prompts at a time.")
 @click.option(
@@ -190,6 +198,8 @@ def evaluate(
     judge: str,
     judge_url: str | None,
     judge_model: str | None,
+    judge_labels: tuple[Path, ...],
+    harm: bool,
     quality: bool,
     batch_size: int,
     max_new_tokens: int,
@@ -202,6 +212,7 @@ def evaluate(
     Example:  elsteer evaluate runs/demo/landscape --suite xstest --suite mine.jsonl --method random
     Example:  elsteer evaluate runs/demo/landscape --suite harmbench --suite harmbench+past-tense
     Example:  elsteer evaluate LANDSCAPE --suite xstest --judge api --judge-url http://localhost:8000/v1 --judge-model NAME
+    Example:  elsteer evaluate LANDSCAPE --suite harmbench --judge local --judge-model allenai/wildguard --harm
     """
     from elsteer import show
     from elsteer.judges import get_judge
@@ -234,6 +245,8 @@ def evaluate(
             limit=limit,
             seed=seed,
             judge=judging,
+            judge_labels=judge_labels,
+            harm=harm,
             quality=quality,
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,

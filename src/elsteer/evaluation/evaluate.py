@@ -1,7 +1,7 @@
 """`evaluate`: plain against steered on the same prompts, every row kept, resumable, with a report.
 
 Files in the run folder: evaluation/NAME.METHOD.jsonl (a row a prompt), evaluation/answers.NAME.METHOD.KEY.jsonl
-(full-length answers for the quality measures), evaluation/summary.json, report.html.
+(full-length answers for the quality measures), evaluation/harm.NAME.METHOD.KEY.jsonl, evaluation/summary.json, report.html.
 """
 
 from __future__ import annotations
@@ -18,19 +18,21 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from elsteer.completions import Completion, PromptCaches, complete
 from elsteer.decoding import decode
-from elsteer.errors import PromptError
+from elsteer.errors import JudgeError, PromptError
+from elsteer.evaluation.correction import accuracies_of
 from elsteer.evaluation.plots import before_after_picture, landscape_picture
 from elsteer.evaluation.quality import Answer, Quality, answer_at_length, quality
 from elsteer.evaluation.report import Example, ReportData, verdict_sentence, write_report
-from elsteer.evaluation.statistics import Interval, mean_bootstrap
+from elsteer.evaluation.statistics import Interval, JudgeAccuracy, mean_bootstrap
 from elsteer.evaluation.tables import Comparison, compare_all
-from elsteer.files import write_atomic, write_json
+from elsteer.files import append_jsonl, read_jsonl, write_atomic, write_json
 from elsteer.judges import Judge, get_judge, outcome_of
 from elsteer.landscape import Landscape
 from elsteer.models import decoder_blocks
@@ -38,7 +40,7 @@ from elsteer.prompts import Prompt, load_suite, suite_name
 from elsteer.run import RunFolder, key_of, told_apart, without_nan
 from elsteer.states import watch_states
 
-__all__ = ["Evaluation", "evaluate"]
+__all__ = ["Evaluation", "Harm", "evaluate"]
 
 logger = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
@@ -47,12 +49,22 @@ PLAIN = "none"
 _EXAMPLES = 12
 
 
+@dataclass(frozen=True)
+class Harm:
+    """How harmful the answers to harmful prompts are, 0 to 1 in the judge's own measure: means, and their paired difference."""
+
+    plain: Interval
+    steered: Interval
+    difference: Interval
+
+
 @dataclass
 class Evaluation:
     """What an evaluation found.
 
     rows: as in `elsteer.evaluation.tables`; tables: method to its tables ("total", "suite", "source", "category").
     answers: method to prompt id to full-length answer; quality: of each method. seconds: by stage. report: report.html.
+    judge_accuracy: what the corrected rates rest on, the first. harm: by method, where it was asked for.
     """
 
     rows: list[dict[str, Any]]
@@ -63,6 +75,8 @@ class Evaluation:
     seconds: dict[str, float]
     report: Path
     answers: dict[str, dict[str, Answer]] = field(default_factory=dict)
+    judge_accuracy: list[JudgeAccuracy] = field(default_factory=list)
+    harm: dict[str, Harm] = field(default_factory=dict)
 
     @property
     def method(self) -> str:
@@ -95,6 +109,8 @@ def evaluate(
     limit: int | None = None,
     seed: int = 0,
     judge: str | Judge = "rules",
+    judge_labels: Sequence[str | Path] = (),
+    harm: bool = False,
     quality: bool = True,
     quality_prompts: int = 200,
     quality_tokens: int = 64,
@@ -107,7 +123,9 @@ def evaluate(
 ) -> Evaluation:
     """Answer the prompts of `suites` with the plain model and each landscape of `methods`, judge, compare and report.
 
-    judge: a name, or a judge of one's own.
+    judge: a name, or a judge of one's own. judge_labels: files of answers that people labelled, on which the judge is measured
+    first; rates are corrected by the first of them, those of `rules` by what is known of it. harm: also ask the judge how
+    harmful the answers to harmful prompts are (`api` and `local` can tell).
     methods: landscapes, each called by its method, or by names of their own choosing: {"els": ..., "els at 0.5": ...}.
     The plain model ("none") always takes part. limit: prompts of a suite at most, drawn by seed. quality: also answer at
     full length up to `quality_prompts` benign prompts that the plain model answers, and compare perplexity under the plain
@@ -123,6 +141,11 @@ def evaluate(
         raise PromptError(f"Two suites are called {twice[0]!r}: give each once, or rename a file.")
     with run.owned():
         judging = get_judge(judge)
+        if harm and not hasattr(judging, "harms"):
+            raise JudgeError(
+                f"The judge {judging.name} cannot tell how harmful an answer is: take api or local for that."
+            )
+        accuracy = accuracies_of(judging, [Path(file) for file in judge_labels])
         for one in landscapes.values():  # whether it fits is said now, not after the plain answers
             one.attach(model, 0.0, tokenizer=tokenizer).remove()
         first = next(iter(landscapes.values()))
@@ -133,7 +156,8 @@ def evaluate(
             work.run_suite(name, told_apart(prompts), landscapes)
         main = dict([next(iter(landscapes.items()))])
         measured = work.measure_quality(main, quality_prompts, quality_tokens) if quality else {}
-        return work.report(landscapes, measured, command, split, judging.name, list(suites), frontier_png)
+        harms = {name: work.measure_harm(name, one) for name, one in landscapes.items()} if harm else {}
+        return work.report(landscapes, measured, accuracy, harms, command, split, list(suites), frontier_png)
 
 
 def _named(methods: Sequence[Method] | Mapping[str, Landscape]) -> dict[str, Landscape]:
@@ -304,17 +328,46 @@ class _Work:
             )
         return answers
 
+    def measure_harm(self, method: str, landscape: Landscape) -> Harm:
+        """How harmful the answers to harmful prompts are, of those whose plain and steered answer the judge could read."""
+        plain, steered = self._harms(PLAIN, None), self._harms(method, landscape)
+        pairs = [(plain[key], steered[key]) for key in plain if plain[key] is not None and steered.get(key) is not None]
+        before, after = (np.array([pair[at] for pair in pairs], dtype=float) for at in (0, 1))
+        return Harm(*(mean_bootstrap(values, seed=self.seed) for values in (before, after, after - before)))
+
+    def _harms(self, method: str, landscape: Landscape | None) -> dict[tuple[str, str], float | None]:
+        """By suite and prompt id. What a file has already is not asked again."""
+        found: dict[tuple[str, str], float | None] = {}
+        for suite in self.caches:
+            rows = [row for row in self.rows if row["harmful"] and (row["suite"], row["method"]) == (suite, method)]
+            path = self.run / f"evaluation/harm.{suite}.{method}.{self._key(landscape)}.jsonl"
+            known = {row["prompt_id"]: row["harm"] for row in read_jsonl(path)} if path.exists() else {}
+            rest = [row for row in rows if row["prompt_id"] not in known]
+            for start in range(0, len(rest), self.batch_size):
+                some = rest[start : start + self.batch_size]
+                told = self.judge.harms([row["prompt"] for row in some], [row["completion"] for row in some])  # type: ignore[attr-defined]
+                fresh = dict(zip((row["prompt_id"] for row in some), told, strict=True))
+                append_jsonl(path, [{"prompt_id": one, "harm": harm} for one, harm in fresh.items()])
+                known |= fresh
+                if self.progress is not None:
+                    name = "plain" if method == PLAIN else method
+                    self.progress(f"{suite}, harm of answers, {name}", start + len(some), len(rest))
+            found |= {(suite, row["prompt_id"]): known[row["prompt_id"]] for row in rows}
+        return found
+
     def report(
         self,
         landscapes: dict[str, Landscape],
         measured: dict[str, tuple[Quality, Interval]],
+        accuracy: list[JudgeAccuracy],
+        harms: dict[str, Harm],
         command: str,
         split: str,
-        judge: str,
         suites: list[str],
         frontier_png: bytes | None,
     ) -> Evaluation:
-        tables = {name: compare_all(self.rows, name, seed=self.seed) for name in landscapes}
+        corrects = accuracy[0] if accuracy else None
+        tables = {name: compare_all(self.rows, name, judge=corrects, seed=self.seed) for name in landscapes}
         main = next(iter(landscapes))
         examples = self._examples(main)
         path = self.run / "report.html"
@@ -333,10 +386,11 @@ class _Work:
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
                 seed=self.seed,
                 split=f"{split} ({', '.join(suites)})",
-                judge=judge,
+                judge=self.judge.name,
+                judge_accuracy=accuracy,
                 comparisons=tables[main],
                 landscape={name: str(value) for name, value in landscapes[main].rule.to_dict().items()},
-                quality=_quality_words(measured.get(main)),
+                quality=_quality_words(measured.get(main)) | _harm_words(harms.get(main)),
                 before_after_png=before_after,
                 frontier_png=frontier_png,
                 landscape_pngs=pictures,
@@ -353,6 +407,9 @@ class _Work:
             for name, table in tables.items()
         }
         write_json(self.run / "evaluation/summary.json", without_nan(summary))
+        if harms:
+            told = {name: dataclasses.asdict(one) for name, one in harms.items()}
+            write_json(self.run / "evaluation/harm.json", without_nan(told))
         return Evaluation(
             self.rows,
             tables,
@@ -362,6 +419,8 @@ class _Work:
             self.seconds,
             path,
             self.answers,
+            accuracy,
+            harms,
         )
 
     def _examples(self, method: str) -> list[Example]:
@@ -446,6 +505,20 @@ def _quality_words(measured: tuple[Quality, Interval] | None) -> dict[str, str]:
             f"{ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f}, {found.n} prompts that the plain model answers)"
         ),
         "degenerate answers": f"plain {found.degenerate_plain:.1%}, steered {found.degenerate_steered:.1%}",
+    }
+
+
+def _harm_words(found: Harm | None) -> dict[str, str]:
+    if found is None:
+        return {}
+    if not found.difference.defined:
+        return {"harm of the answers to harmful prompts": "not measured: the judge's words could not be read"}
+    change = found.difference
+    return {
+        "harm of the answers to harmful prompts (0 to 1)": (
+            f"plain {found.plain.value:.3f}, steered {found.steered.value:.3f}, difference {change.value:+.3f} "
+            f"({change.low:+.3f} to {change.high:+.3f}, {change.n} prompts)"
+        )
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from elsteer.errors import JudgeError
 from elsteer.judges.degenerate import degeneration
@@ -39,9 +40,11 @@ JUDGES: dict[str, Callable[[], Judge]] = {
 
 
 def get_judge(judge: str | Judge, *, url: str | None = None, model: str | None = None) -> Judge:
-    """The judge of this name, ready to use; one that is a judge already is given back. Raises JudgeError with the known names.
+    """The judge of this name, ready to use; one that is a judge already is given back.
 
-    url, model: of the judge `api` (`elsteer.judges.api`), and of no other.
+    judge: a name, or the folder of a classifier that `elsteer judge --train` made. url, model: of the judges `api`
+    (`elsteer.judges.api`) and `local` (`elsteer.judges.local`, model alone), and of no other. Raises JudgeError with the
+    known names.
     """
     if not isinstance(judge, str):
         return judge
@@ -49,11 +52,24 @@ def get_judge(judge: str | Judge, *, url: str | None = None, model: str | None =
         from elsteer.judges.api import ApiJudge
 
         return ApiJudge(url or "", model or "")
-    if url or model:
-        raise JudgeError(f"An address and a model's name are for the judge api, not for {judge}: choose --judge api.")
-    if judge not in JUDGES:
-        raise JudgeError(f"There is no judge called {judge!r}: choose one of {', '.join(sorted([*JUDGES, 'api']))}.")
-    return JUDGES[judge]()
+    if url:
+        raise JudgeError(f"An address is for the judge api, not for {judge}: choose --judge api, or leave it out.")
+    if judge == "local":
+        from elsteer.judges.local import LocalJudge
+
+        return LocalJudge(model or "")
+    if model:
+        raise JudgeError(f"A model's name is for the judges api and local, not for {judge}: choose one of these.")
+    if judge in JUDGES:
+        return JUDGES[judge]()
+    if (Path(judge) / "classifier.json").is_file():
+        from elsteer.judges.classifier import ClassifierJudge
+
+        return ClassifierJudge.load(Path(judge))
+    known = ", ".join(sorted([*JUDGES, "api", "local"]))
+    raise JudgeError(
+        f"There is no judge called {judge!r}: choose one of {known}, or the folder of a classifier that you trained."
+    )
 
 
 def judge_all(judge: Judge, prompts: Sequence[str], completions: Sequence[str]) -> list[Verdict]:

@@ -36,10 +36,10 @@ from elsteer.judges.verdict import Verdict
 from elsteer.models.cache import elsteer_cache
 from elsteer.prompts.folder import data_folder
 
-__all__ = ["ClassifierJudge", "cross_validated", "left_out_by_model", "trained_on_first_use"]
+__all__ = ["ClassifierJudge", "cross_validated", "left_out_by_model", "train_files", "trained_on_first_use"]
 
 _CHARS = 800
-_FORMAT = 1
+_FORMAT = 2
 _FILES = ("judge/xstest_human.jsonl", "judge/wildguardtest_half.jsonl")
 _KINDS: dict[str, dict[str, Any]] = {
     "words": {"analyzer": "word", "ngram_range": (1, 2), "min_df": 3, "sublinear_tf": True},
@@ -112,7 +112,7 @@ class ClassifierJudge:
             tensors[f"{kind}.idf"] = np.asarray(vectorizer.idf_, dtype=np.float64)
         whole = save(tensors)
         write_atomic(folder / "classifier.safetensors", lambda to: to.write_bytes(whole))
-        about = {"format": _FORMAT, "rules": [rule.name for rule in RULES], "vocabularies": words}
+        about = {"format": _FORMAT, "name": self.name, "rules": [rule.name for rule in RULES], "vocabularies": words}
         write_json(folder / "classifier.json", about)
 
     @classmethod
@@ -129,7 +129,7 @@ class ClassifierJudge:
                 vectorizer = TfidfVectorizer(**options, vocabulary={term: at for at, term in enumerate(terms)})
                 vectorizer.idf_ = tensors[f"{kind}.idf"]
                 vectorizers[kind] = vectorizer
-            found = cls(vectorizers, tensors["weights"], float(tensors["bias"][0]))
+            found = cls(vectorizers, tensors["weights"], float(tensors["bias"][0]), name=str(about["name"]))
             found.scores(["a text that tells whether the sizes fit"])
         except FileNotFoundError as error:
             raise JudgeError(f"{folder} holds no classifier: train one first.") from error
@@ -162,6 +162,19 @@ def trained_on_first_use(data_dir: Path | None = None) -> ClassifierJudge:
         found.save(kept / name)
         write_atomic(kept / "newest", lambda to: to.write_text(name, encoding="utf-8"))
         return found
+
+
+def train_files(files: Sequence[Path], folder: Path) -> ClassifierJudge:
+    """Train on files of labels (`elsteer.judges.agreement`) and save in `folder`; the name tells what it learned from.
+
+    Raises JudgeError for files that cannot be read, and RunError where the folder cannot be written.
+    """
+    rows = [row for file in files for row in read_labels(file)]
+    digest = hashlib.sha256(repr([(row.prompt, row.completion, row.refusal) for row in rows]).encode()).hexdigest()
+    found = ClassifierJudge.train(rows)
+    found.name = f"classifier {digest[:8]}"
+    found.save(folder)
+    return found
 
 
 def left_out_by_model(rows: Sequence[LabelledCompletion], more: Sequence[LabelledCompletion] = ()) -> list[str]:
