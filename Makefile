@@ -25,8 +25,11 @@ help:
 demo: .venv/.installed
 	@$(PY) -m elsteer demo $(ARGS)
 
+# Tests on tiny models spend their time in Python: one thread each, as many at a time as there are cores. Those on the real
+# model take all cores.
 test: lint
-	@$(PY) -m pytest --durations 15
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -m "not real" --numprocesses auto --maxprocesses 8 --dist loadfile --durations 15
+	@$(PY) -m pytest -m real --durations 10
 
 lint: .venv/.installed-dev
 	@$(PY) -m ruff check .

@@ -317,7 +317,7 @@ def refit(tiny: Tiny, folder: Path, settings: FitSettings) -> dict[str, bool]:
         ({"collect": {"max_new_tokens": 5}}, {"completions", "energies", "dev", "frontier"}),
         ({"collect": {"system": "Be brief."}}, {"completions", "energies", "dev", "frontier"}),
     ],
-    ids=str,
+    ids=lambda one: str(sorted(one) if isinstance(one, set) else one),
 )
 def test_a_changed_setting_redoes_just_what_depends_on_it(
     change: dict[str, Any], anew: set[str], tiny: Tiny, tmp_path: Path
