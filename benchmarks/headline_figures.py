@@ -41,15 +41,15 @@ from elsteer.evaluation.statistics import Interval
 from elsteer.fitting import fit
 from elsteer.landscape import Landscape
 from elsteer.prompts import Prompt, load_starter, read_prompts, sample
-from elsteer.settings import CollectSettings, FitSettings, TrainingSettings, TuningSettings
+from elsteer.settings import FitSettings, TrainingSettings, TuningSettings
 
 MODELS = {"0.5b": "Qwen/Qwen2.5-Coder-0.5B-Instruct", "1.5b": "Qwen/Qwen2.5-Coder-1.5B-Instruct"}
 ASIDE = {"orbench_toxic": 60, "advbench": 60, "do_not_answer": 180}  # of train.jsonl, for tuning
 DEV = ("oktest", "orbench_hard", "harmbench", "malicious_instruct")
 TRAINING = TrainingSettings(refine_memory=12 << 30, benign_weights=(10.0, 16.0, 6.3, 25.0, 40.0))
 TUNING = TuningSettings(etas=(0.08, 0.07), kl=0.019, perplexity_ratio=1.03, finalists=3)  # below the goals
-# Of `--reduced`: rows of train.jsonl and starter prompts to fit on, and dev prompts, by the start of their source.
-REDUCED_STARTER, REDUCED_DEV_STARTER, REDUCED_LIMIT = 3300, 300, 300
+# Of `--reduced`: rows of train.jsonl to fit on besides all starter prompts, and dev prompts, by the start of their source.
+REDUCED_DEV_STARTER, REDUCED_LIMIT = 300, 300
 REDUCED_DEV = {"oktest": 120, "orbench_hard": 120, "harmbench": 36, "malicious_instruct": 88}
 REDUCED_ASIDE = {"orbench_toxic": 40, "advbench": 40, "do_not_answer": 120}
 BALANCED = {"orbench80k": 900, "coconot": 160, "alpaca": 40, "orbench_toxic": 560, "advbench": 160, "do_not_answer": 80}
@@ -116,8 +116,7 @@ class Work:
         dev = [one for one in dev_rows if one.source.startswith(DEV)] + aside + load_starter("dev")
         neutral, _ = self.neutral()
         if self.reduced:
-            rows = draw(train_rows, BALANCED, seed, held)
-            train = rows + families(load_starter("train"), REDUCED_STARTER, seed)
+            train = draw(train_rows, BALANCED, seed, held) + load_starter("train")
             dev = draw(dev_rows, REDUCED_DEV, 0, set()) + draw(aside, REDUCED_ASIDE, 0, set())
             dev += families(load_starter("dev"), REDUCED_DEV_STARTER, 0)
         if self.small:
@@ -136,8 +135,7 @@ class Work:
 
     def fit(self, seed: int = 0) -> None:
         train, dev, neutral = self.prompts(seed)
-        collect = CollectSettings(full_answers=300) if self.reduced else CollectSettings()
-        settings = FitSettings(seed=seed, collect=collect, training=TRAINING, tuning=TUNING)
+        settings = FitSettings(seed=seed, training=TRAINING, tuning=TUNING)
         try:
             fit(*self.model, train, dev=dev, neutral=neutral, run_dir=self.fitted(seed), settings=settings,
                 progress=progress, command=self.command)  # fmt: skip

@@ -35,8 +35,9 @@ def answers(text: str, label: str, count: int) -> list[Completion]:
     return [Completion(f"{text}{at}", text, 3, False, label, 0.0, "") for at in range(count)]
 
 
-def fitted(tiny: Tiny, folder: Path, full: int = 40, **options: Any) -> Any:
-    settings = tiny_settings(tuning={"etas": [0.3, 0.9, 2.0]}, collect={"full_answers": full})
+def fitted(tiny: Tiny, folder: Path, full: int = 40, training: dict[str, Any] | None = None, **options: Any) -> Any:
+    tuning = {"etas": [0.3, 0.9, 2.0]}
+    settings = tiny_settings(tuning=tuning, collect={"full_answers": full}, training=training or {})
     return fit(*tiny, TRAIN, dev=DEV, neutral=NEUTRAL, run_dir=folder, settings=settings, **options)
 
 
@@ -83,6 +84,31 @@ def test_killed_between_the_first_tokens_it_goes_on(tiny: Tiny, tmp_path: Path) 
     with forward_passes(tiny[0]) as passes:
         fitted(tiny, tmp_path)
     assert passes == []
+
+
+def test_training_through_the_model_sees_so_many_prompts_those_answered_in_full_among_them(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[int]] = []
+
+    def kept(_model: Any, batches: Any, *_rest: Any, **_options: Any) -> list[float]:
+        seen.append(sorted(row for batch in batches for row in batch.rows))
+        return []
+
+    monkeypatch.setattr("elsteer.fitting.refine", kept)
+    read_again: list[str] = []
+    fitted(
+        tiny,
+        tmp_path,
+        training={"refine_epochs": 1, "refine_prompts": 50},
+        progress=lambda stage, _done, _total: read_again.append(stage),
+    )
+    [rows] = seen
+    ids = {one.id: place for place, one in enumerate(TRAIN)}
+    assert len(rows) == len(set(rows)) == 50
+    assert {ids[json.loads(line)["prompt_id"]] for line in lines(tmp_path / "completions.jsonl")} < set(rows)
+    assert len(lines(tmp_path / "glimpses.jsonl")) == 40  # the readers are fitted on all of them
+    assert "reading the training prompts again" not in read_again  # their prefill was kept
 
 
 def test_whoever_wants_whole_answers_gets_them(tiny: Tiny, tmp_path: Path) -> None:

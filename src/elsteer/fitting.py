@@ -98,8 +98,8 @@ def fit(
         plain = _dev(run, dev_caches, settings, progress)
         judged = {one.prompt_id: one.label for one in completions}
         full = _in_full(train_set, settings)
-        rest = sorted(set(range(len(train_set))) - set(full))  # the groups in which both were answered
-        completions = _glimpse(run, train_caches, completions, plain, settings, base_key, progress)
+        rest = _refined_besides(train_set, full, settings)  # the groups in which both were answered
+        completions = _glimpse(run, train_caches, completions, plain, rest, settings, base_key, progress)
         depth = num_layers(model)
 
         through = _Through(train_caches, [full, rest] if rest else [full], judged, settings, progress)
@@ -219,28 +219,53 @@ def _glimpse(
     caches: PromptCaches,
     completions: list[Completion],
     plain: list[Completion],
+    refined: list[int],
     settings: FitSettings,
     base_key: str,
     progress: Progress | None,
 ) -> list[Completion]:
-    """`completions` and the verdicts that the first token tells of the other training prompts, in the prompts' order."""
+    """`completions` and the verdicts that the first token tells of the other training prompts, in the prompts' order.
+
+    refined: places that are trained on through the model; the prefill of these alone is kept.
+    """
     found = {one.prompt_id: one for one in completions}
     places = [place for place, one in enumerate(caches.prompts) if one.id not in found]
-    if places:
-        judge = FirstTokenJudge.learn(caches.tokenizer, [*completions, *plain])
-        run.stage("glimpse", key_of(base_key, sorted(judge.sure.items())), ["glimpses.jsonl"])
+    if not places:
+        return completions
+    judge = FirstTokenJudge.learn(caches.tokenizer, [*completions, *plain])
+    run.stage("glimpse", key_of(base_key, sorted(judge.sure.items())), ["glimpses.jsonl"])
+    total, done, keep = len(places), 0, caches.keep_bytes
+    for group, bytes_kept in ((refined, keep), (sorted(set(places) - set(refined)), 0)):
+        caches.keep_bytes = bytes_kept
+
+        def told(finished: int, _total: int, before: int = done) -> None:
+            if progress is not None:
+                progress("first tokens of more training prompts", before + finished, total)
+
         glimpsed = complete(
             caches,
             judge,
             max_new_tokens=1,
-            places=places,
+            places=group,
             path=run / "glimpses.jsonl",
             states=StateStore(run / "states"),
             state_tokens=settings.collect.state_tokens,
-            progress=_told(progress, "first tokens of more training prompts"),
+            progress=told,
         )
         found |= {one.prompt_id: one for one in glimpsed}
+        done += len(group)
+    caches.keep_bytes = keep
     return [found[one.id] for one in caches.prompts]
+
+
+def _refined_besides(prompts: Sequence[Prompt], full: list[int], settings: FitSettings) -> list[int]:
+    """Places of the prompts that, besides those answered in full, are trained on through the model."""
+    rest = sorted(set(range(len(prompts))) - set(full))
+    most = max(0, settings.training.refine_prompts - len(full))
+    if len(rest) <= most:
+        return rest
+    chosen = {one.id for one in sample([prompts[place] for place in rest], most, settings.seed)}
+    return [place for place in rest if prompts[place].id in chosen]
 
 
 def _caches(

@@ -66,6 +66,11 @@ class TrainingSettings(_Settings):
         ge=0,
         description="Blocks whose values of the prompt's tokens tell it too whether refusing is due; 0: the last token alone.",
     )
+    refine_prompts: int = Field(
+        5000,
+        ge=16,
+        description="Training prompts that training through the model sees at most; the readers are fitted on all of them.",
+    )
     refine_memory: int = Field(
         6 << 30,
         gt=0,
