@@ -146,12 +146,13 @@ def decode(
     decided: Callable[[int, list[int]], bool] | None = None,
     steering: Attached | None = None,
     on_step: Callable[[int, list[int]], None] | None = None,
+    first: Sequence[int] | None = None,
 ) -> Decoded:
     """Greedy decoding from the prompts' last tokens; a row stops at an end token, when `decided(i, tokens)` or at the limit.
 
     i counts the rows of the batch. The batch's cache is left as it was. Without `steering` the model runs plain, even with
     something attached to it. `on_step(t, alive)` is called after forward pass t (0 is the prompt's last token) with the
-    batch rows that took part, in the order of the pass: for state capture.
+    batch rows that took part, in the order of the pass: for state capture. first: each row's first new token, given.
     Rows that have stopped leave the batch, so that the rest runs faster.
     """
     count = len(batch.rows)
@@ -159,7 +160,7 @@ def decode(
     alive = list(range(count))
     cache, mask, ids = clone(batch.cache), batch.mask, batch.last
     lengths = mask.sum(dim=1)
-    first: list[Tensor] = []
+    opened: list[Tensor] = []
     with torch.inference_mode(), plain_model(model) if steering is None else nullcontext():
         for step in range(max_new_tokens):
             rows = torch.tensor([batch.rows[i] for i in alive])
@@ -170,8 +171,10 @@ def decode(
             cache = cache_made(out)
             logits = out.logits[:, -1].float()
             if step == 0:
-                first.append(logits)
+                opened.append(logits)
             chosen = logits.argmax(dim=-1)
+            if step == 0 and first is not None:
+                chosen = chosen.new_tensor(list(first))
             keep: list[int] = []
             for at, (i, token) in enumerate(zip(alive, chosen.tolist(), strict=True)):
                 if token in end_ids:
@@ -189,8 +192,17 @@ def decode(
                 alive = [alive[at] for at in keep]
             mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
             ids = chosen[:, None]
-    done.first_logits = first[0] if first else None
+    done.first_logits = opened[0] if opened else None
     return done
+
+
+def rows_of(batch: PromptBatch, chosen: Sequence[int]) -> PromptBatch:
+    """The batch of these rows alone, with a cache of its own."""
+    index = torch.tensor(list(chosen), device=batch.mask.device)
+    cache = clone(batch.cache)
+    if cache is not None:
+        cache.batch_select_indices(index)
+    return PromptBatch([batch.rows[at] for at in chosen], batch.mask[index], batch.last[index], cache)
 
 
 def first_logits(model: PreTrainedModel, batch: PromptBatch) -> Tensor:

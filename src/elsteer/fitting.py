@@ -30,6 +30,7 @@ from elsteer.glimpse import FirstTokenJudge
 from elsteer.judges import DESIRABLE, get_judge, outcome_of
 from elsteer.landscape import Landscape
 from elsteer.models import fingerprint, num_layers
+from elsteer.openers import try_openers
 from elsteer.prompts import (
     Prompt,
     deduplicate,
@@ -143,9 +144,15 @@ class _Through:
             products,
             self.settings.training,
             benign_weight=weight,
+            openers=self._openers(),
             seed=self.settings.seed,
             progress=_told(self.progress, "training the energies through the model"),
         )
+
+    def _openers(self) -> dict[int, tuple[int, int]]:
+        labels = {at: self.judged[one.id] for at, one in enumerate(self.caches.prompts) if one.id in self.judged}
+        told = _told(self.progress, "trying other beginnings of answers")
+        return try_openers(self.caches, get_judge(self.settings.collect.judge), self.groups[:1], labels, progress=told)
 
     @cached_property
     def _batches(self) -> list[PromptBatch]:

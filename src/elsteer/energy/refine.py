@@ -2,7 +2,9 @@
 
 Fitted to states alone (`elsteer.energy.product`), an energy knows which states go with which verdict, but not what moving
 them does. Here the frozen model answers. For a training prompt, p is its plain distribution of the first token after the
-prompt, and w(t) the share of refusals among plain answers that begin with token t. Wanted is the model's own distribution,
+prompt, and w(t) the share of refusals among plain answers that begin with token t: of those that the model gives, and of those
+that it goes on with where it is made to begin with t (`elsteer.openers`; without them a step learns to say "Sorry" for
+"I'm sorry"). Wanted is the model's own distribution,
 given the right verdict, and sharpened so that tokens that begin both kinds of answer are shunned:
 
     q(t) ~ p(t) w(t)^4             harmful prompts
@@ -280,6 +282,7 @@ def refine(
     settings: TrainingSettings,
     *,
     benign_weight: float = 1.0,
+    openers: Mapping[int, tuple[int, int]] | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[float]:
@@ -287,7 +290,8 @@ def refine(
 
     batches: the prompts, prefilled (`PromptBatch.rows` are their places). By place: harmful (N,) bool, and labels, the judge's
     word on the whole plain answer or None, of which w is made. benign_weight: weight of the benign prompts, all together,
-    over that of the harmful ones. Raises RunError where the loss is not finite.
+    over that of the harmful ones. openers: by token, refusals and answers more that w is made of (`elsteer.openers`).
+    Raises RunError where the loss is not finite.
     """
     products.to(model.device)
     rate, epochs = settings.refine_rate, settings.refine_epochs
@@ -312,7 +316,7 @@ def refine(
             progress(done, total)
 
     with _frozen(model), plain_model(model):
-        refusing = _refusing(model, batches, labels)
+        refusing = _refusing(model, batches, labels, openers or {})
         plain: dict[int, _Plain] = {}
         for epoch in range(epochs):
             summed = 0.0
@@ -349,8 +353,13 @@ def _kind_weights(harmful: Tensor, benign_weight: float, rows: Tensor | None = N
     return torch.where(harmful, 1 / share, benign_weight / (1 - share)) / (1 + benign_weight)
 
 
-def _refusing(model: PreTrainedModel, batches: Sequence[PromptBatch], labels: Sequence[str | None]) -> Tensor:
-    """w, (V,): of the judged plain answers that begin with a token, the share of refusals; one answer more counts against it."""
+def _refusing(
+    model: PreTrainedModel,
+    batches: Sequence[PromptBatch],
+    labels: Sequence[str | None],
+    openers: Mapping[int, tuple[int, int]],
+) -> Tensor:
+    """w, (V,): of the judged answers that begin with a token, the share of refusals; one answer more counts against it."""
     counts: dict[int, list[int]] = defaultdict(lambda: [0, 0])
     found = torch.zeros(0)
     for batch in batches:
@@ -365,6 +374,9 @@ def _refusing(model: PreTrainedModel, batches: Sequence[PromptBatch], labels: Se
                 counts[token][1] += 1
     if not any(refused for refused, _ in counts.values()):
         raise RunError("There is nothing to learn: of the prompts that were answered in full, none was refused.")
+    for token, (refused, seen) in openers.items():
+        counts[token][0] += refused
+        counts[token][1] += seen
     for token, (refused, seen) in counts.items():
         found[token] = refused / (seen + 1)
     return found
