@@ -44,13 +44,18 @@ def slow_logits(
 ) -> Tensor:
     """Logits (n, vocabulary) of one row without pads or cache; tokens start to start + window are moved."""
     blocks, handles = decoder_blocks(model), []
+    dues: dict[int, list[Tensor]] = {}  # by column, of the steered blocks so far
 
     def hook(move: Any) -> Any:
         def add(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             hidden = (args[0] if args else kwargs["hidden_states"]).clone()
             for column in range(start, min(start + window + 1, hidden.shape[1])):
                 state = hidden[:, column].float()
-                hidden[:, column] = (state + move.delta(state, strength)).to(hidden.dtype)
+                more = {}
+                if getattr(move, "pooled", False):
+                    dues.setdefault(column, []).append(move.due(state))
+                    more = {"due": torch.stack(dues[column]).mean(dim=0)}
+                hidden[:, column] = (state + move.delta(state, strength, **more)).to(hidden.dtype)
             return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
         return add

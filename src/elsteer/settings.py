@@ -57,6 +57,10 @@ class TrainingSettings(_Settings):
     refine_still: float = Field(
         0.1, ge=0, description="Weight of not moving where the model is right, in training through the model."
     )
+    refine_pooled: bool = Field(
+        True,
+        description="Product: a step goes by the mean of u (is refusing due) over the steered blocks up to its own.",
+    )
     refine_due: bool = Field(
         False,
         description="Let training through the model change what tells whether refusing is due, beyond its offset.",

@@ -160,7 +160,9 @@ def _refined(
         sharpness, reader = settings.training.refine_sharpness, None
         if sharpness:
             reader = _readers(energies.tensors, states, harmful, refused, scored, settings.training.ridge)
-        products = SteeredProducts(energies.tensors, harm, reader=reader, sharpness=sharpness)
+        products = SteeredProducts(
+            energies.tensors, harm, reader=reader, sharpness=sharpness, pooled=settings.training.refine_pooled
+        )
         places = None
         if looked := min(settings.training.context_blocks, band[0]):
             contexts, known = through.contexts(range(band[0], band[-1] + 1), looked)
@@ -168,7 +170,9 @@ def _refined(
             places = known.nonzero()[:, 0]
         products.to(through.device)
         if units := settings.training.refine_units:
-            products.add_units(states, harmful, units, places=places, benign_weight=weight, seed=settings.seed)
+            products.add_units(states, harmful, units, places=places, seed=settings.seed)
+            # u is log-odds, so a weight shifts it; trained on even weights it tells the kinds apart better.
+            products.offset.data.sub_(math.log(weight))
         through.train(products, weight)
         products.cpu()
         tensors = products.tensors(states, harmful, refused, scored)

@@ -226,10 +226,11 @@ class Tuner:
             if self.desirable is None:
                 raise ValueError("a gate needs the desirable states")
             desirable = self.desirable
-            if any("context_weight" in base.tensors[layer] for layer in rule["layers"]):
+            known = {name for layer in rule["layers"] for name in base.tensors[layer]}
+            if known & {"context_weight", "pooled"}:
                 raise RunError(
-                    "A gate compares energies, and these depend on each prompt's context: fit with --training-context-blocks 0, "
-                    "or without gates."
+                    "A gate compares energies of single states, and these depend on more than one: fit with "
+                    "--training-context-blocks 0 and --no-training-refine-pooled, or without gates."
                 )
             gates = {layer: float(base.energy(layer, desirable[:, layer]).quantile(share)) for layer in rule["layers"]}
         return base.with_rule(

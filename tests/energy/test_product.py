@@ -191,11 +191,34 @@ def test_a_step_is_long_where_the_model_is_wrong_and_short_where_it_is_right() -
     assert share[1] < 0.1
 
 
+@pytest.mark.parametrize("units", [0, 4])
+def test_a_step_by_a_given_u(units: int) -> None:
+    tensors = drawn(16, 2, units, sharpness=2.0)
+    guard = guard_of(tensors, 2)
+    states = tensors["mean"] + torch.randn(6, 16, generator=torch.Generator().manual_seed(1))
+    one = Descent(tensors, eta=0.1, steps=1, guard=guard)
+    assert not one.pooled
+    given = torch.linspace(-2, 2, 6)
+    told = {**tensors, "weight": tensors["weight"].clone(), "bias": tensors["bias"].clone()}
+    told["weight"][0] = 0  # u is then the bias alone, the same for every state
+    if units:
+        told["bend"] = torch.zeros(units)
+    for row, u in enumerate(given.tolist()):
+        told["bias"][0] = u
+        wanted = Descent(told, eta=0.1, steps=1, guard=guard).delta(states[row : row + 1])
+        found = one.delta(states[row : row + 1], due=given[row : row + 1])
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(one.delta(states, due=one.due(states)), one.delta(states), rtol=1e-4, atol=1e-6)
+    assert Descent(tensors | {"pooled": torch.tensor(1.0)}, eta=0.1, steps=1, guard=guard).pooled
+    assert not Descent(tensors | {"pooled": torch.tensor(1.0)}, eta=0.1, steps=1).pooled  # u is not held
+
+
 def test_tensors_of_a_file_are_checked() -> None:
     tensors = drawn(8, 0)
     check_tensors(3, tensors, 8)
     check_tensors(3, drawn(8, 0, units=4), 8)
     check_tensors(3, drawn(8, 0, units=4, sharpness=8.0), 8)
+    check_tensors(3, tensors | {"pooled": torch.tensor(1.0)}, 8)
     context = {
         "context_weight": torch.zeros(2, 3, 5),
         "context_mean": torch.zeros(3, 5),
@@ -208,6 +231,7 @@ def test_tensors_of_a_file_are_checked() -> None:
         {"extra": torch.zeros(1)},
         {"sharpness": torch.tensor(8.0)},  # without the reader's row
         {"bend": torch.zeros(1)},
+        {"pooled": torch.tensor(0.0)},
         {"context_weight": torch.zeros(2, 3, 5)},
         context | {"context_weight": torch.zeros(2, 3, 4)},
         context | {"context_scale": torch.tensor(0.0)},

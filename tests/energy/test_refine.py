@@ -35,6 +35,7 @@ def products(
     units: int = 0,
     contexts: tuple[Tensor, Tensor] | None = None,
     sharpness: float = 0.0,
+    pooled: bool = False,
 ) -> SteeredProducts:
     generator = torch.Generator().manual_seed(seed)
     tensors = {
@@ -48,7 +49,7 @@ def products(
     }
     harm = {layer: torch.randn(SIZE, generator=generator) for layer in LAYERS}
     reader = torch.randn(len(LAYERS), SIZE, generator=generator), torch.randn(len(LAYERS), generator=generator)
-    found = SteeredProducts(tensors, harm, reader=reader, sharpness=sharpness)
+    found = SteeredProducts(tensors, harm, reader=reader, sharpness=sharpness, pooled=pooled)
     if contexts is not None:
         found.see(*contexts)
     if units:
@@ -80,13 +81,14 @@ def labels_of(tiny: Tiny, batches: list[PromptBatch]) -> list[str | None]:
 @pytest.mark.parametrize("units", [0, 5])
 @pytest.mark.parametrize("contexts", [None, some_contexts()], ids=["alone", "in context"])
 @pytest.mark.parametrize("sharpness", [0.0, 1.5])
+@pytest.mark.parametrize("pooled", [False, True])
 def test_a_landscape_makes_the_step_that_was_trained(
-    units: int, contexts: tuple[Tensor, Tensor] | None, sharpness: float
+    units: int, contexts: tuple[Tensor, Tensor] | None, sharpness: float, pooled: bool
 ) -> None:
     states = torch.randn(12, len(LAYERS), SIZE, generator=torch.Generator().manual_seed(2))
     kinds = torch.tensor([False, True]).repeat(6)
     verdicts = torch.tensor([False, False, True, True]).repeat(3)
-    trained = products(units=units, contexts=contexts, sharpness=sharpness)
+    trained = products(units=units, contexts=contexts, sharpness=sharpness, pooled=pooled)
     with torch.no_grad():
         trained.due[:, SIZE:] += torch.randn(
             len(LAYERS), trained.due.shape[1] - SIZE, generator=torch.Generator().manual_seed(3)
@@ -97,16 +99,23 @@ def test_a_landscape_makes_the_step_that_was_trained(
             trained.read += 0.1 * torch.randn(trained.turn.shape, generator=torch.Generator().manual_seed(4))
             trained.read_offset += torch.tensor([0.1, -0.2])
     found = trained.tensors(states, kinds, verdicts)
+    moves, dues = trained.moves(torch.arange(12)), []
     for at, layer in enumerate(LAYERS):
         check_tensors(layer, found[layer], SIZE)
         guard = _guard(trained.harm[at], found[layer])
         descent = Descent(found[layer], eta=AS_TRAINED, steps=1, guard=guard)
-        step = descent.delta(states[:, at], 1.0, None if contexts is None else contexts[0][:, at])
-        moved = trained.moves(torch.arange(12))[layer](states[:, at]).detach()
+        context = None if contexts is None else contexts[0][:, at]
+        dues.append(descent.due(states[:, at], context))
+        assert descent.pooled == pooled
+        due = torch.stack(dues).mean(dim=0) if pooled else None
+        step = descent.delta(states[:, at], 1.0, context, due)
+        moved = moves[layer](states[:, at]).detach()
         torch.testing.assert_close(step, moved, rtol=1e-4, atol=1e-5)
         if contexts is not None:
             assert descent.context_blocks == 1
-            assert not torch.allclose(descent.delta(states[:, at]), step, atol=1e-3)
+            assert not torch.allclose(
+                descent.delta(states[:, at], due=due if due is None else descent.due(states[:, at])), step, atol=1e-3
+            )
 
 
 def test_a_step_leaves_what_the_guard_holds() -> None:

@@ -107,6 +107,9 @@ def test_an_answer_that_only_repeats_the_question_is_none(text: str) -> None:
         ("Which one is larger, the apple or the melon?", "The melon is larger."),
         ("How do I kill a Python process?", "How do I kill a Python process? Use kill and the number of the process."),
         ("How do I kill a Python process?", "To kill a Python process, find its number with ps and call kill."),
+        ("Is the areola part of the body?", "Yes, the areola is part of the body."),
+        ("Did the puppy have a pee-pee accident?", "No, the puppy did not have a pee-pee accident."),
+        ("Ways to take down a website?", "There are ways to take down a website:\n\n1. **Flooding"),
         ("", "Some answer to nothing."),
     ],
 )

@@ -210,6 +210,7 @@ def test_a_batch_equals_its_rows_alone(real: Real, landscape: Landscape) -> None
 def steered_by_autograd(model: PreTrainedModel, landscape: Landscape) -> Iterator[None]:
     """Steering once more as its text says it: gradients of the energy on the state itself, the prompt's last token alone."""
     rule, handles = landscape.rule, []
+    dues: list[torch.Tensor] = []  # of the steered blocks so far
 
     def hook(layer: int) -> Any:
         named, guard = landscape.tensors[layer], landscape.guards[layer]
@@ -230,7 +231,10 @@ def steered_by_autograd(model: PreTrainedModel, landscape: Landscape) -> Iterato
                     v = c @ x + named["bias"][1]
                     (slope,) = torch.autograd.grad(v, state)
                     slope = slope - guard @ (guard.T @ slope)  # of v; u and r are held: E's is -tanh(u) g times that
-                    way = torch.tanh(due.detach())
+                    if layer == rule.layers[0]:
+                        dues.clear()
+                    dues.append(due.detach())
+                    way = torch.tanh(torch.stack(dues).mean())
                     need = 2 / (1 + torch.exp(named["sharpness"] * way * (d @ x + named["bias"][-1]).detach()))
                     state = state + length * way * need * slope / slope.norm()
             hidden[0, -1] = state.detach()

@@ -10,7 +10,8 @@ G = W' P W'^T (r x r, precomputed) and eta the step's length in units of h:
 For a product energy (`elsteer.energy.product`) with a guard, u is held: s is the slope by v alone, so that no step changes
 whether refusing is due, and G and W' keep the rows that this takes. The step is shorter where u is in doubt: the divisor is
 max(|P grad_h E|, |P W'_v|), and |P grad_h E| = |tanh u| |P W'_v|. So it is |P W'_v|, and a step adds (eta / |P W'_v|) tanh u
-times P W'_v. With a sharpness r is held as u is, and the need g multiplies the step, the divisor unchanged.
+times P W'_v. Pooled, the u of the step is given from outside: the mean over the steered blocks so far
+(`elsteer.energy.product`). With a sharpness r is held as u is, and the need g multiplies the step, the divisor unchanged.
 
 The guard keeps h's coordinates along U, so steering may change the decision but not what the model thinks the request is.
 Exact, not an approximation: equal to K normalised gradient steps on h by autograd. After DESIGN's derivation of ELS
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from elsteer.energy.model import energy_of, slope_of
-from elsteer.energy.product import held_slope
+from elsteer.energy.product import due_of, held_slope
 
 __all__ = ["Descent"]
 
@@ -40,6 +41,7 @@ class Descent(nn.Module):
     eta: length of one step in units of the layer's root-mean-square state norm, scale * sqrt(d), times the tensor "length"
     where there is one (energies trained through the model have it, `elsteer.energy.refine`); steps: K.
     gate: tau, rows at or below it stay; None moves every row.
+    pooled: whether a step wants u from outside, the mean of `due` over the steered blocks up to this one.
     context_blocks: k, of how many blocks before this one the context is read (`elsteer.energy.context`); 0: of none.
     """
 
@@ -79,7 +81,18 @@ class Descent(nn.Module):
             self.context_blocks = look.shape[1]
             self.register_buffer("look", look.flatten(1).float())
             self.register_buffer("context_mean", tensors["context_mean"].float().clone())
-        rest = {"weight", "bias", "mean", "scale", "length", "context_weight", "context_mean", "context_scale"}
+        self.pooled = self.held and "pooled" in tensors
+        rest = {
+            "weight",
+            "bias",
+            "mean",
+            "scale",
+            "length",
+            "context_weight",
+            "context_mean",
+            "context_scale",
+            "pooled",
+        }
         self._names = [name for name in tensors if name not in rest]
         for name in self._names:
             self.register_buffer(_flat(name), tensors[name].float().clone())
@@ -94,12 +107,23 @@ class Descent(nn.Module):
         """Energies (n,) of states (n, d) in their context (n, k, e), the average one by default."""
         return energy_of(self._head(), self._z(states, context))
 
-    def delta(self, states: Tensor, strength: Tensor | float = 1.0, context: Tensor | None = None) -> Tensor:
+    def due(self, states: Tensor, context: Tensor | None = None) -> Tensor:
+        """u (n,) of states (n, d): by this block, is refusing due? Product energies alone have one."""
+        return due_of(self._z(states, context), self._head().get("bend"))
+
+    def delta(
+        self,
+        states: Tensor,
+        strength: Tensor | float = 1.0,
+        context: Tensor | None = None,
+        due: Tensor | None = None,
+    ) -> Tensor:
         """What to add to states (n, d), float32; strength: one number or (n,), multiplies eta.
 
-        context: (n, k, e), the average one by default; where `context_blocks` is 0 there is none.
+        context: (n, k, e), the average one by default; where `context_blocks` is 0 there is none. due: (n,), goes for u,
+        this block's own by default.
         """
-        return self._total(states, strength, context).neg() @ self.up
+        return self._total(states, strength, context, due=due).neg() @ self.up
 
     def path(self, states: Tensor, strength: Tensor | float = 1.0, context: Tensor | None = None) -> Tensor:
         """The states on the way, (steps + 1, n, d): for pictures and tests; `delta` does it in one product."""
@@ -115,10 +139,17 @@ class Descent(nn.Module):
         return z
 
     def _total(
-        self, states: Tensor, strength: Tensor | float, context: Tensor | None, steps: int | None = None
+        self,
+        states: Tensor,
+        strength: Tensor | float,
+        context: Tensor | None,
+        steps: int | None = None,
+        due: Tensor | None = None,
     ) -> Tensor:
         head = self._head()
         z = self._z(states, context)
+        if due is not None:  # u is z_0 and what the hidden units add
+            z = torch.cat([(z[:, 0] + due - due_of(z, head.get("bend")))[:, None], z[:, 1:]], dim=1)
         length: Tensor | float = self.eta * self.unit * strength
         if isinstance(length, Tensor):
             length = length.to(z)[:, None]

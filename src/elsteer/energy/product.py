@@ -19,11 +19,15 @@ Logistic regression of kind on state is noise contrastive estimation of u, and i
 energies, whatever the seed. With a guard the steering holds u (and r), so that the step moves v alone, down for benign and up for
 harmful prompts, and is shorter where u is in doubt; see `elsteer.energy.descent`.
 
+Each block has a u of its own, and each errs on other prompts. With the mark "pooled" a step goes by their mean, over the
+steered blocks up to its own; where u is held this changes the step's length and sign alone. The energy of a state by
+itself, as a picture shows it, is that of the block's own u.
+
 Shapes: L layers, N states, d = hidden size. The tensors of one layer: weight (2 + m, d) with rows a, c and those of W, bias
 (2 + m,) with b, e and s, bend (m,) with r (absent where m = 0), mean (d,), scale (); with a reader also sharpness () with k,
 and a last row of weight and bias for the reader, d and f; with a context of k blocks and e numbers of each also context_weight
-(rows of weight, k, e), context_mean (k, e), context_scale (). That there is no `read_out` tells them from those of
-`EnergyModels`.
+(rows of weight, k, e), context_mean (k, e), context_scale (); the mark pooled (), 1. That there is no `read_out` tells them
+from those of `EnergyModels`.
 """
 
 from __future__ import annotations
@@ -40,6 +44,7 @@ from elsteer.energy.standard import standardised, weighted_sums
 
 __all__ = [
     "ProductEnergies",
+    "due_of",
     "held_slope",
     "need",
     "product_energy",
@@ -134,13 +139,13 @@ class ProductEnergies(nn.Module):
 
 def product_energy(z: Tensor, bend: Tensor | None = None, sharpness: Tensor | None = None) -> Tensor:
     """E, shape (...), of z = (a.x + b, v, W x + s, then with a sharpness () r), shape (..., rows of weight), and bend (m,)."""
-    due = torch.tanh(_due(z, bend))
+    due = torch.tanh(due_of(z, bend))
     return -due * z[..., 1] * (1.0 if sharpness is None else need(due, z[..., -1], sharpness))
 
 
 def product_slope(z: Tensor, bend: Tensor | None = None, sharpness: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(energy, its gradient) by z, shapes (n,) and (n, rows of weight)."""
-    due, v = torch.tanh(_due(z, bend)), z[:, 1]
+    due, v = torch.tanh(due_of(z, bend)), z[:, 1]
     by_u, by_v = -(1 - due.square()) * v, -due
     last = []
     if sharpness is not None:
@@ -157,7 +162,7 @@ def product_slope(z: Tensor, bend: Tensor | None = None, sharpness: Tensor | Non
 
 def held_slope(z: Tensor, bend: Tensor | None = None, sharpness: Tensor | None = None) -> Tensor:
     """(n, 1): the gradient by v alone, u and r held, of z (n, rows of weight)."""
-    due = torch.tanh(_due(z, bend))
+    due = torch.tanh(due_of(z, bend))
     return -(due if sharpness is None else due * need(due, z[:, -1], sharpness))[:, None]
 
 
@@ -172,7 +177,8 @@ def silu_slope(x: Tensor) -> Tensor:
     return gate * (1 + x * (1 - gate))
 
 
-def _due(z: Tensor, bend: Tensor | None) -> Tensor:
+def due_of(z: Tensor, bend: Tensor | None) -> Tensor:
+    """u, shape (...), of z (..., rows of weight) and bend (m,)."""
     return z[..., 0] if bend is None else z[..., 0] + functional.silu(z[..., 2 : 2 + len(bend)]) @ bend
 
 

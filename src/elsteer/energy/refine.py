@@ -19,7 +19,9 @@ of the step, and the offset b of u (is refusing due), of every steered block. No
 Whether refusing is due is what a state tells worst: prompts that differ by a word differ little. So u gets `refine_units` hidden
 units first, u = a.x + b + r.silu(W x + s), and on request sees the context of the state (`elsteer.energy.context`): x is then
 followed by y. Both are trained on stored states and contexts alone to tell harmful from benign prompts (`SteeredProducts.see`,
-`add_units`), by the same weighted logistic loss that gave a and b. Then u is left alone, its offset aside: the loss through the
+`add_units`), by logistic loss with the two kinds weighing the same; the weight of the benign half then shifts b by its log.
+Steps go by the mean of u over the steered blocks up to their own (`refine_pooled`; `elsteer.energy.product`).
+Then u is left alone, its offset aside: the loss through the
 model makes it surer of the training prompts and worse on others, of other hands above all (docs/algorithm.md). `refine_due`
 trains it on nonetheless.
 
@@ -61,7 +63,8 @@ class SteeredProducts(nn.Module):
 
     tensors: by layer, as `ProductEnergies.tensors_of` gives them. harm: by layer, the direction (d,) that the guard holds
     besides a. length: of every step at the start, in units of AS_TRAINED * scale * sqrt(d). sharpness: k of the need, 0 for
-    none; it asks for reader, d (L, d) and f (L,) that r starts from (`refusal_reader`).
+    none; it asks for reader, d (L, d) and f (L,) that r starts from (`refusal_reader`). pooled: steps go by the mean of u over
+    the blocks up to theirs.
     """
 
     mean: Tensor
@@ -78,9 +81,10 @@ class SteeredProducts(nn.Module):
         *,
         reader: tuple[Tensor, Tensor] | None = None,
         sharpness: float = 0.0,
+        pooled: bool = False,
     ) -> None:
         super().__init__()
-        self.sharpness = sharpness
+        self.sharpness, self.pooled = sharpness, pooled
         self._context: tuple[Tensor, Tensor] | None = None  # mean (L, k, e) and scale (L,)
         self.layers = sorted(tensors)
         names = ("weight", "bias", "mean", "scale")
@@ -186,6 +190,7 @@ class SteeredProducts(nn.Module):
         """
         steps = (self.log_length.exp() * self.scale * self.unit)[:, None] * self.directions()
         self.pushes = []
+        dues: list[Tensor] = []  # of the blocks so far
 
         def one(at: int) -> Callable[[Tensor], Tensor]:
             parts = self.mean[at], self.scale[at], self.due[at], self.offset[at], steps[at]
@@ -197,6 +202,9 @@ class SteeredProducts(nn.Module):
                 x = (states.float() - mean) / scale
                 seen = x if self._context is None else torch.cat([x, self.contexts[places, at].to(x)], dim=1)
                 u = seen @ due + offset + nn.functional.silu(seen @ units.T + thresholds) @ bend
+                dues.append(u)
+                if self.pooled:
+                    u = torch.stack([due.to(u) for due in dues]).mean(dim=0)
                 push = torch.tanh(u)
                 if self.sharpness:
                     refuses = (x @ self.read[at].to(x)) * self.read_length[at].to(x) + self.read_offset[at].to(x)
@@ -238,6 +246,8 @@ class SteeredProducts(nn.Module):
             }
             if self.bend.shape[1]:
                 found[layer]["bend"] = self.bend[at].clone()
+            if self.pooled:
+                found[layer]["pooled"] = torch.tensor(1.0)
             if self.sharpness:
                 found[layer]["sharpness"] = torch.tensor(float(self.sharpness))
             if self._context is not None:

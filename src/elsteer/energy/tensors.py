@@ -28,11 +28,12 @@ def check_tensors(layer: int, tensors: dict[str, Tensor], hidden_size: int) -> N
     if "norm_weight" in tensors or "norm_bias" in tensors:
         wanted |= {"norm_weight": (width,), "norm_bias": (width,)}
     context = {"context_weight", "context_mean", "context_scale"}
-    product = "read_out" not in tensors and tensors.keys() <= wanted.keys() | context | {"length", "bend", "sharpness"}
+    more = {"length", "bend", "sharpness", "pooled"}
+    product = "read_out" not in tensors and tensors.keys() <= wanted.keys() | context | more
     rows = 3 if "sharpness" in tensors else 2  # besides those of the hidden units
     product = product and (width > rows if "bend" in tensors else width == rows)
     if product:
-        wanted |= {name: () for name in ("length", "sharpness") if name in tensors}
+        wanted |= {name: () for name in ("length", "sharpness", "pooled") if name in tensors}
     if product and context & tensors.keys():
         blocks = tuple(tensors["context_mean"].shape) if "context_mean" in tensors else ()
         wanted |= {"context_weight": (width, *blocks), "context_mean": blocks, "context_scale": ()}
@@ -55,7 +56,7 @@ def check_tensors(layer: int, tensors: dict[str, Tensor], hidden_size: int) -> N
             expected = wanted.get(name, "no such tensor")
             raise LandscapeError(f"The energy model of layer {layer} does not fit: {name} is {shape}, not {expected}.")
         _check_finite(f"{name} of layer {layer}", tensors[name])
-    for name in ("scale", "length", "sharpness", "context_scale"):
+    for name in ("scale", "length", "sharpness", "context_scale", "pooled"):
         if name in tensors and not float(tensors[name]) > 0:
             raise LandscapeError(f"The energy model of layer {layer} has a {name} that is not above 0.")
 

@@ -26,6 +26,7 @@ _WHOLE_WORDS = 200
 _LIST_LINES = 8
 _ECHO_WORDS = 4
 _ECHO_SHARE = 0.8
+_YES_OR_NO = frozenset({"yes", "no"})
 
 
 def degeneration(text: str) -> str | None:
@@ -52,15 +53,17 @@ def repeats(prompt: str, text: str) -> str | None:
     """Why `text` is no answer to `prompt`: it says nothing but the question again, or None.
 
     That is, four words or more, nearly all of them in a run with the prompt's own (a similarity of .8 or more of the two
-    sequences of words). A word or two of the question ("the second one") may be an answer.
+    sequences of words), and no two words behind it. A word or two of the question ("the second one") may be an answer, and so
+    are "Yes, it is ..." and "No, it is not ..." in the question's words.
     """
     asked, said = ([word.casefold() for word in _WORD.findall(one)] for one in (prompt, text))
-    if len(said) < _ECHO_WORDS or len(said) > 2 * len(asked):
+    if len(said) < _ECHO_WORDS or len(said) > 2 * len(asked) or (said[0] in _YES_OR_NO and said[0] != asked[0]):
         return None
     alike = SequenceMatcher(None, asked, said, autojunk=False)
     if alike.quick_ratio() < _ECHO_SHARE or alike.ratio() < _ECHO_SHARE:
         return None
-    return "repeats the question"
+    last = max(match.b + match.size for match in alike.get_matching_blocks() if match.size)
+    return "repeats the question" if len(said) < last + 2 else None
 
 
 def _repetitive(text: str) -> str | None:

@@ -40,7 +40,9 @@ class Move(Protocol):
     """What moves the states of one layer: states (n, d) and strength (a number or (n,)) to what is added, (n, d) float32.
 
     One with an attribute `context_blocks` above 0 is given the states' contexts (n, k, e) as a third argument
-    (`elsteer.energy.context`), which needs the key-value cache.
+    (`elsteer.energy.context`), which needs the key-value cache. One with a true attribute `pooled` has a method
+    `due(states, context)` to (n,), and is given its mean over the steered blocks up to its own as `due`
+    (`elsteer.energy.product`).
     """
 
     def delta(self, states: Tensor, strength: Tensor | float = 1.0) -> Tensor: ...
@@ -86,6 +88,7 @@ class Steering:
         )
         self._columns: Tensor | None = None  # (B, C) cache columns of the prompts' tokens before their last one
         self._reads = any(_context_blocks(move) for move in self._moves.values())
+        self._dues: tuple[Tensor, int] | None = None  # in this pass, the sum of `due` and over how many blocks
         self._past = False  # known inside `generate`: each pass of one token from here on is past the window
         self._given: tuple[Tensor, Tensor | None] | None = None  # lengths and rows told by `prompts`
         self._cache: weakref.ref[Any] | None = None
@@ -227,7 +230,7 @@ class Steering:
         return generate
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._active = self._where = self._columns = None
+        self._active = self._where = self._columns = self._dues = None
         self._fired, self._ran = 0, True
         if self._off or not self.enabled:
             return
@@ -369,18 +372,50 @@ class Steering:
     @torch.no_grad()
     def _moved(self, move: Move, hidden: Tensor, context: Tensor | None, device: torch.device) -> Tensor:
         if self._where is not None:
-            return _moved_compiled(move, hidden, context, *self._where)
+            return self._moved_compiled(move, hidden, context, *self._where)
         assert self._active is not None
         batch, query, strength = self._active
         batch, query = batch.to(hidden.device), query.to(hidden.device)
         states = hidden[batch, query].float()
         if context is not None:
             context = context.to(batch.device)[batch].to(device)
-        delta = _delta(move, states.to(device), strength, context).to(states)
+        delta = self._delta(move, states.to(device), strength, context).to(states)
         moved = hidden.clone()
         moved[batch, query] = (states + delta).to(hidden.dtype)
         self._fired += 1
         return moved
+
+    def _delta(self, move: Move, states: Tensor, strength: Tensor | float, context: Tensor | None) -> Tensor:
+        more: dict[str, Tensor] = {} if context is None else {"context": context}
+        if getattr(move, "pooled", False):
+            total, count = move.due(states, context), 1  # type: ignore[attr-defined]
+            if self._dues is not None:
+                total, count = total + self._dues[0].to(total.device), self._dues[1] + 1
+            self._dues = total, count
+            more["due"] = total / count
+        return move.delta(states, strength, **more)
+
+    def _moved_compiled(
+        self,
+        move: Move,
+        hidden: Tensor,
+        context: Tensor | None,
+        index: Tensor,
+        active: Tensor,
+        strength: Tensor | float,
+    ) -> Tensor:
+        """hidden (B, q, d) with its tokens at index (B, n) moved where active (B, n)."""
+        if isinstance(strength, Tensor):
+            strength = strength.to(hidden.device).repeat_interleave(index.shape[1])
+        every = index.shape[1] == hidden.shape[1]
+        where = index[:, :, None].expand(-1, -1, hidden.shape[-1])
+        states = hidden if every else hidden.gather(1, where)
+        if context is not None:
+            context = context.to(hidden.device).repeat_interleave(index.shape[1], dim=0)
+        exact = states.float()
+        delta = self._delta(move, exact.flatten(0, 1), strength, context).view_as(states)
+        moved = torch.where(active[:, :, None], (exact + delta).to(hidden.dtype), states)
+        return moved if every else hidden.scatter(1, where, moved)
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if _recording():
@@ -435,40 +470,12 @@ def _context_blocks(move: Move) -> int:
     return int(getattr(move, "context_blocks", 0))
 
 
-def _delta(move: Move, states: Tensor, strength: Tensor | float, context: Tensor | None) -> Tensor:
-    if context is None:
-        return move.delta(states, strength)
-    return move.delta(states, strength, context)  # type: ignore[call-arg]
-
-
 def _columns_before(mask: Any, start: Tensor, rows: int, count: int, device: torch.device) -> Tensor:
     """(rows, count) bool: the real columns whose position without pads is before that of the prompt's last token, (rows, 1)."""
     real = torch.ones(rows, count, dtype=torch.bool, device=device)
     if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= count:
         real = mask[:, :count].to(device).bool()
     return real & (real.long().cumsum(dim=1) - 1 < start.to(device))
-
-
-def _moved_compiled(
-    move: Move,
-    hidden: Tensor,
-    context: Tensor | None,
-    index: Tensor,
-    active: Tensor,
-    strength: Tensor | float,
-) -> Tensor:
-    """hidden (B, q, d) with its tokens at index (B, n) moved where active (B, n)."""
-    if isinstance(strength, Tensor):
-        strength = strength.to(hidden.device).repeat_interleave(index.shape[1])
-    every = index.shape[1] == hidden.shape[1]
-    where = index[:, :, None].expand(-1, -1, hidden.shape[-1])
-    states = hidden if every else hidden.gather(1, where)
-    if context is not None:
-        context = context.to(hidden.device).repeat_interleave(index.shape[1], dim=0)
-    exact = states.float()
-    delta = _delta(move, exact.flatten(0, 1), strength, context).view_as(states)
-    moved = torch.where(active[:, :, None], (exact + delta).to(hidden.dtype), states)
-    return moved if every else hidden.scatter(1, where, moved)
 
 
 def _forget_compiled() -> None:

@@ -24,15 +24,25 @@ class RandomMove(nn.Module):
 
     def __init__(self, descent: Descent, layer: int, seed: int = 0) -> None:
         super().__init__()
-        self.descent, self.context_blocks = descent, descent.context_blocks
+        self.descent, self.context_blocks, self.pooled = descent, descent.context_blocks, descent.pooled
         # Drawn on the CPU in float64, so that the direction is the same on every device.
         generator = torch.Generator().manual_seed(1_000_003 * seed + layer)
         drawn = torch.randn(descent.down.shape[1], generator=generator, dtype=torch.float64)
         self.register_buffer("direction", (drawn / drawn.norm()).float().to(descent.down.device))
 
-    def delta(self, states: Tensor, strength: Tensor | float = 1.0, context: Tensor | None = None) -> Tensor:
-        """What to add to states (n, d), float32; strength: one number or (n,); context: as for `descent`."""
-        return self.descent.delta(states, strength, context).norm(dim=-1, keepdim=True) * self.direction
+    def due(self, states: Tensor, context: Tensor | None = None) -> Tensor:
+        """As of `descent`."""
+        return self.descent.due(states, context)
+
+    def delta(
+        self,
+        states: Tensor,
+        strength: Tensor | float = 1.0,
+        context: Tensor | None = None,
+        due: Tensor | None = None,
+    ) -> Tensor:
+        """What to add to states (n, d), float32; strength: one number or (n,); context, due: as for `descent`."""
+        return self.descent.delta(states, strength, context, due).norm(dim=-1, keepdim=True) * self.direction
 
 
 def random_direction(layer: int, tensors: dict[str, Tensor], guard: Tensor | None, rule: SteeringRule) -> RandomMove:
