@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
 import math
 import re
@@ -145,6 +146,16 @@ class Landscape:
         context: (n, k, e) of `elsteer.energy.context`, for energies that read one; the average one by default.
         """
         return self.descent(layer).to(states.device).energy(states, context)
+
+    def digest(self) -> str:
+        """SHA-256 of the tensors and guards of the rule's layers: the same in every process and on every machine."""
+        found = hashlib.sha256()
+        for layer in self.rule.layers:
+            named = self.tensors[layer] | ({"guard": self.guards[layer]} if layer in self.guards else {})
+            for name, tensor in sorted(named.items()):
+                found.update(f"{layer}.{name} {tuple(tensor.shape)}\n".encode())
+                found.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        return found.hexdigest()
 
     def _tensors(self, layer: int) -> dict[str, Tensor]:
         if layer not in self.tensors:

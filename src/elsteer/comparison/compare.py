@@ -325,7 +325,7 @@ class _Work:
         with attaches.attach(self.model) as steering:
             return [one.label for one in run(steering)]
 
-    def _made(self, name: str) -> list[float]:
+    def _made(self, name: str) -> list[float] | str:
         """What the energies are: other ones under the same rule make other rows."""
         if name not in ("els", *CONTROLS):
             return [
@@ -333,11 +333,7 @@ class _Work:
                 float(sum(self.evidence.harmful)),
                 float(len(self.evidence.refused)),
             ]
-        return [
-            float(t.double().abs().sum())
-            for at in self.landscape.rule.layers
-            for t in self.landscape.tensors[at].values()
-        ]
+        return self.landscape.digest()
 
 
 def part_of(suite: str, harmful: bool, both: bool) -> str:
