@@ -47,9 +47,7 @@ MODELS = {"0.5b": "Qwen/Qwen2.5-Coder-0.5B-Instruct", "1.5b": "Qwen/Qwen2.5-Code
 ASIDE = {"orbench_toxic": 60, "advbench": 60, "do_not_answer": 180}  # of train.jsonl, for tuning
 DEV = ("oktest", "orbench_hard", "harmbench", "malicious_instruct")
 TRAINING = TrainingSettings(refine_prompts=2000, refine_memory=12 << 30, benign_weights=(10.0, 6.3, 4.0, 2.5, 16.0))
-TUNING = TuningSettings(
-    etas=(0.07,), kl=0.019, perplexity_ratio=1.03, safety_weighted=-0.03, worst_source=-0.1, finalists=2
-)  # below the goals
+TUNING = TuningSettings(etas=(0.07,), kl=0.019, perplexity_ratio=1.03, finalists=2)  # below the goals
 # Of `--reduced`: rows of train.jsonl to fit on besides all starter prompts, and dev prompts, by the start of their source.
 REDUCED_DEV_STARTER, REDUCED_LIMIT = 300, 300
 REDUCED_DEV = {"oktest": 120, "orbench_hard": 120, "harmbench": 36, "malicious_instruct": 88}
