@@ -273,9 +273,9 @@ class _Work:
 
     def _key(self, landscape: Landscape | None) -> str:
         """What the rows rest on: other energies, another rule or another model make other rows."""
-        sums = [] if landscape is None else [float(t.double().abs().sum()) for t in _flat(landscape)]
+        energies = None if landscape is None else landscape.digest()
         rule = None if landscape is None else landscape.rule.to_dict()
-        parts = [self.first.fingerprint.to_dict(), rule, sums, str(self.model.dtype), self.judge.name]
+        parts = [self.first.fingerprint.to_dict(), rule, energies, str(self.model.dtype), self.judge.name]
         if system := self._collect.get("system"):
             parts.append(system)
         return key_of(*parts)
@@ -474,13 +474,6 @@ class _Work:
         _write_bytes(path, picture)
         write_json(marks, {path.name: key})
         return {name: picture}
-
-
-def _flat(landscape: Landscape) -> list[Tensor]:
-    found = [
-        landscape.tensors[layer][name] for layer in landscape.rule.layers for name in sorted(landscape.tensors[layer])
-    ]
-    return found + [landscape.guards[layer] for layer in landscape.rule.layers if layer in landscape.guards]
 
 
 def _last_states(caches: PromptCaches, places: Sequence[int], layer: int) -> Tensor:
