@@ -86,6 +86,23 @@ def test_killed_between_the_first_tokens_it_goes_on(tiny: Tiny, tmp_path: Path) 
     assert passes == []
 
 
+def test_with_more_prompts_the_first_tokens_are_kept_and_judged_again(tiny: Tiny, tmp_path: Path) -> None:
+    def run(folder: Path, prompts: list[Prompt]) -> dict[str, tuple[str, str]]:
+        settings = tiny_settings(tuning={"etas": [0.3, 0.9, 2.0]}, collect={"full_answers": 40})
+        fit(*tiny, prompts, dev=DEV, neutral=NEUTRAL, run_dir=folder, settings=settings)
+        rows = [json.loads(line) for line in lines(folder / "glimpses.jsonl")]
+        return {row["prompt_id"]: (row["label"], row["reason"]) for row in rows}
+
+    first = run(tmp_path / "grown", TRAIN)
+    with forward_passes(tiny[0]) as all_passes:
+        whole = run(tmp_path / "whole", more := [*TRAIN, *some_prompts(24, start=400)])
+    with forward_passes(tiny[0]) as passes:
+        grown = run(tmp_path / "grown", more)
+    assert set(grown) >= set(first) | set(whole)
+    assert {key: grown[key] for key in whole} == whole
+    assert len(passes) < len(all_passes)
+
+
 def test_training_through_the_model_sees_so_many_prompts_those_answered_in_full_among_them(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -240,7 +240,8 @@ def _glimpse(
     if not places:
         return completions
     judge = FirstTokenJudge.learn(caches.tokenizer, [*completions, *plain])
-    run.stage("glimpse", key_of(base_key, sorted(judge.sure.items())), ["glimpses.jsonl"])
+    run.stage("glimpse", base_key, ["glimpses.jsonl"])
+    judge.again(run / "glimpses.jsonl")
     total, done, keep = len(places), 0, caches.keep_bytes
     for group, bytes_kept in ((refined, keep), (sorted(set(places) - set(refined)), 0)):
         caches.keep_bytes = bytes_kept

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from elsteer.completions import Completion
+from elsteer.files import read_jsonl, write_jsonl
 from elsteer.judges import Label, Verdict
 
 __all__ = ["FirstTokenJudge"]
@@ -52,6 +54,13 @@ class FirstTokenJudge:
             return Verdict("unscored", 0.5, "the first token does not decide")
         label, share = self.sure[token]
         return Verdict(label, share if label == "refusal" else 1 - share, f"first token {token!r}")
+
+    def again(self, path: Path) -> None:
+        """Judge the answers in `path` (rows of `complete`; written whole or not at all) once more, where it was by other answers."""
+        rows = list(read_jsonl(path))
+        told = [{**row, **asdict(self.judge("", row["text"]))} for row in rows]
+        if told != rows:
+            write_jsonl(path, told)
 
     def decided(self, prompt: str, partial: str) -> Verdict | None:
         """None: no more is generated than has to be."""
