@@ -56,7 +56,7 @@ class FirstTokenJudge:
         return Verdict(label, share if label == "refusal" else 1 - share, f"first token {token!r}")
 
     def again(self, path: Path) -> None:
-        """Judge the answers in `path` (rows of `complete`; written whole or not at all) once more, where it was by other answers."""
+        """Judge the answers in `path` (rows of `complete`) once more; a file is rewritten where a verdict changed."""
         rows = list(read_jsonl(path))
         told = [{**row, **asdict(self.judge("", row["text"]))} for row in rows]
         if told != rows:
