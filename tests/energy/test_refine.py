@@ -146,6 +146,22 @@ def test_hidden_units_learn_what_a_line_cannot() -> None:
     assert told[-1] == (150, 150)
 
 
+def test_where_steps_go_by_the_mean_so_far_a_block_learns_what_those_before_miss() -> None:
+    """The last block alone sees a second sign, one that counts more: the others' share in the mean stands against it."""
+    states = torch.randn(600, len(LAYERS), SIZE, generator=torch.Generator().manual_seed(6))
+    one, other = (torch.randn(600, generator=torch.Generator().manual_seed(seed)) for seed in (10, 11))
+    states[:, :, 0], states[:, -1, 1] = one[:, None], other
+    harmful = one + 2 * other > 0
+    losses = {}
+    for pooled in (False, True):
+        found = products(pooled=pooled)
+        found.add_units(states, harmful, 4, epochs=300)
+        with torch.no_grad():
+            u = found._due((states - found.mean) / found.scale[:, None]).mean(dim=1)
+        losses[pooled] = float(torch.nn.functional.binary_cross_entropy_with_logits(u, harmful.float()))
+    assert losses[True] < 0.8 * losses[False]
+
+
 def test_units_learn_from_the_context_what_the_state_does_not_say() -> None:
     kinds = torch.arange(300) % 2 == 0
     contexts, known = some_contexts(300)

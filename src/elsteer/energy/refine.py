@@ -20,7 +20,8 @@ Whether refusing is due is what a state tells worst: prompts that differ by a wo
 units first, u = a.x + b + r.silu(W x + s), and on request sees the context of the state (`elsteer.energy.context`): x is then
 followed by y. Both are trained on stored states and contexts alone to tell harmful from benign prompts (`SteeredProducts.see`,
 `add_units`), by logistic loss with the two kinds weighing the same; the weight of the benign half then shifts b by its log.
-Steps go by the mean of u over the steered blocks up to their own (`refine_pooled`; `elsteer.energy.product`).
+Steps go by the mean of u over the steered blocks up to their own (`refine_pooled`; `elsteer.energy.product`), and these means
+are what is trained then.
 Then u is left alone, its offset aside: the loss through the
 model makes it surer of the training prompts and worse on others, of other hands above all (docs/algorithm.md). `refine_due`
 trains it on nonetheless.
@@ -55,7 +56,7 @@ AS_TRAINED = 0.1  # the rule's eta at which a step is as long as it was trained 
 _TOKENS = 256  # of the plain distribution, the likeliest; the rest counts as one token
 _SHARPNESS = 4
 _LEAST = 1e-3  # of w and 1 - w
-_UNITS_RATE, _UNITS_BATCH = 1e-3, 128
+_UNITS_RATE, _UNITS_BATCH = 2e-3, 128
 
 
 class SteeredProducts(nn.Module):
@@ -143,6 +144,7 @@ class SteeredProducts(nn.Module):
         """Give u `units` hidden units and train it, linear part included, on states (n, L, d) and harmful (n,) bool.
 
         places: (m,) of those that count (all by default). Logistic loss, AdamW, one-cycle rate; benign_weight as in `refine`.
+        Where steps go by the mean of u so far, it is this mean that is trained, so that a block learns what those before miss.
         """
         count, size = self.due.shape
         generator = torch.Generator().manual_seed(seed)
@@ -166,6 +168,7 @@ class SteeredProducts(nn.Module):
                 with torch.enable_grad():
                     x = (states[rows].to(device).float() - self.mean) / self.scale[:, None]
                     u = self._due(x if self._context is None else torch.cat([x, self.contexts[rows].to(device)], dim=2))
+                    u = self._mean_so_far(u) if self.pooled else u
                     wanted = harmful[rows].to(u)[:, None].expand_as(u)
                     each = nn.functional.binary_cross_entropy_with_logits(u, wanted, reduction="none")
                     loss = (weights[rows].to(u)[:, None] * each).mean(dim=0).sum()
@@ -175,6 +178,11 @@ class SteeredProducts(nn.Module):
                 schedule.step()
             if progress is not None:
                 progress(epoch + 1, epochs)
+
+    @staticmethod
+    def _mean_so_far(u: Tensor) -> Tensor:
+        """Of u (n, L), for each layer the mean over the layers up to it."""
+        return u.cumsum(dim=1) / torch.arange(1, u.shape[1] + 1, device=u.device)
 
     def _due(self, x: Tensor) -> Tensor:
         """u (n, L) of standardised states x (n, L, d)."""
