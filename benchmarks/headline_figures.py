@@ -11,7 +11,7 @@ Parts: `fit`; a part for each method; `attacked`; `capability`; `quality`; `seed
 one after the other, or `--jobs` at a time, each in a process of its own (for a GPU; a part's output is then in RUN/PART.log).
 Killed and started again, it goes on where it was. `--publish` writes the figures of the parts that are done.
 
---reduced: for two cores; fewer training and dev prompts, 300 of each suite, no strengths beside the tuned one.
+--reduced: for two cores; fewer dev prompts, 300 of each suite, no strengths beside the tuned one.
 --small: very few, to see that it works; nothing is written to results.
 """
 
@@ -48,11 +48,10 @@ ASIDE = {"orbench_toxic": 60, "advbench": 60, "do_not_answer": 180}  # of train.
 DEV = ("oktest", "orbench_hard", "harmbench", "malicious_instruct")
 TRAINING = TrainingSettings(refine_prompts=1200, refine_memory=12 << 30, benign_weights=(10.0, 6.3, 4.0))
 TUNING = TuningSettings(etas=(0.07,), kl=0.019, perplexity_ratio=1.03, finalists=2)  # below the goals
-# Of `--reduced`: rows of train.jsonl to fit on besides all starter prompts, and dev prompts, by the start of their source.
+# Of `--reduced`: dev prompts, by the start of their source.
 REDUCED_DEV_STARTER, REDUCED_LIMIT = 300, 300
 REDUCED_DEV = {"oktest": 120, "orbench_hard": 120, "harmbench": 36, "malicious_instruct": 88}
 REDUCED_ASIDE = {"orbench_toxic": 40, "advbench": 40, "do_not_answer": 120}
-BALANCED = {"orbench80k": 900, "coconot": 160, "alpaca": 40, "orbench_toxic": 560, "advbench": 160, "do_not_answer": 80}
 SUITES = ("xstest", "or-bench-hard", "harmbench")
 FAMILIES = ("past-tense", "refusal-suppression", "payload-splitting", "in-the-wild", "dan")
 ATTACKED = tuple(f"{suite}+{family}" for suite in ("xstest", "harmbench") for family in FAMILIES)
@@ -116,7 +115,6 @@ class Work:
         dev = [one for one in dev_rows if one.source.startswith(DEV)] + aside + load_starter("dev")
         neutral, _ = self.neutral()
         if self.reduced:
-            train = draw(train_rows, BALANCED, seed, held) + load_starter("train")
             dev = draw(dev_rows, REDUCED_DEV, 0, set()) + draw(aside, REDUCED_ASIDE, 0, set())
             dev += families(load_starter("dev"), REDUCED_DEV_STARTER, 0)
         if self.small:
