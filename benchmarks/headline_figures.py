@@ -11,7 +11,7 @@ Parts: `fit`; a part for each method; `attacked`; `capability`; `quality`; `seed
 one after the other, or `--jobs` at a time, each in a process of its own (for a GPU; a part's output is then in RUN/PART.log).
 Killed and started again, it goes on where it was. `--publish` writes the figures of the parts that are done.
 
---reduced: for two cores; fewer dev prompts, 300 of each suite, no strengths beside the tuned one.
+--reduced: for two cores; fewer dev prompts, 300 of each suite and 120 of each attacked, no strengths beside the tuned one.
 --small: very few, to see that it works; nothing is written to results.
 """
 
@@ -49,7 +49,7 @@ DEV = ("oktest", "orbench_hard", "harmbench", "malicious_instruct")
 TRAINING = TrainingSettings(refine_prompts=1200, refine_memory=12 << 30, benign_weights=(10.0, 8.0, 6.3, 5.0, 4.0, 3.2))
 TUNING = TuningSettings(etas=(0.07,), kl=0.019, perplexity_ratio=1.03, finalists=2)  # below the goals
 # Of `--reduced`: dev prompts, by the start of their source.
-REDUCED_DEV_STARTER, REDUCED_LIMIT = 300, 300
+REDUCED_DEV_STARTER, REDUCED_LIMIT, REDUCED_ATTACKED = 300, 300, 120
 REDUCED_DEV = {"oktest": 120, "orbench_hard": 120, "harmbench": 36, "malicious_instruct": 88}
 REDUCED_ASIDE = {"orbench_toxic": 40, "advbench": 40, "do_not_answer": 120}
 SUITES = ("xstest", "or-bench-hard", "harmbench")
@@ -141,13 +141,14 @@ class Work:
             sys.stderr.write(f"{error}\n")
 
     def compare(self, methods: tuple[str, ...], folder: Path, *, seed: int = 0, suites: tuple[str, ...] = SUITES,
-                strengths: tuple[float, ...] | None = None) -> ComparisonResult:  # fmt: skip
-        return compare(*self.model, self.fitted(seed), methods, suites, out=folder, data_dir=self.data, limit=self.limit,
+                strengths: tuple[float, ...] | None = None, limit: int | None = None) -> ComparisonResult:  # fmt: skip
+        return compare(*self.model, self.fitted(seed), methods, suites, out=folder, data_dir=self.data, limit=limit or self.limit,
                        strengths=strengths or self.strengths, batch_size=self.batch, progress=progress,
                        command=self.command)  # fmt: skip
 
     def attacked(self) -> ComparisonResult:
-        return self.compare(("els",), self.run / "attacked", suites=ATTACKED, strengths=(1.0,))
+        return self.compare(("els",), self.run / "attacked", suites=ATTACKED, strengths=(1.0,),
+                            limit=REDUCED_ATTACKED if self.reduced else None)  # fmt: skip
 
     def seed(self, seed: int) -> ComparisonResult:
         if not (self.fitted(seed) / "landscape").is_dir():
