@@ -57,6 +57,9 @@ class TrainingSettings(_Settings):
     refine_still: float = Field(
         0.1, ge=0, description="Weight of not moving where the model is right, in training through the model."
     )
+    refine_gain: float = Field(
+        2.0, gt=0, description="Product: u (is refusing due) times this once it is trained, so that a step is firmer in doubt."
+    )
     refine_pooled: bool = Field(
         True,
         description="Product: a step goes by the mean of u (is refusing due) over the steered blocks up to its own.",

@@ -117,7 +117,8 @@ def train_energies(
     found: dict[float, Energies] = {}
     for weight in weights:
         if product and found:
-            found[weight] = found[weights[0]].asking_for(weight / weights[0])
+            ratio = weight / weights[0]
+            found[weight] = found[weights[0]].asking_for(ratio if through is None else ratio**training.refine_gain)
             continue
         folder = run / f"energy/{weight:g}"
         if (folder / "training.json").exists():
@@ -173,6 +174,7 @@ def _refined(
             products.add_units(states, harmful, units, places=places, seed=settings.seed)
             # u is log-odds, so a weight shifts it; trained on even weights it tells the kinds apart better.
             products.offset.data.sub_(math.log(weight))
+        products.times(settings.training.refine_gain)
         through.train(products, weight)
         products.cpu()
         tensors = products.tensors(states, harmful, refused, scored)

@@ -22,9 +22,9 @@ followed by y. Both are trained on stored states and contexts alone to tell harm
 `add_units`), by logistic loss with the two kinds weighing the same; the weight of the benign half then shifts b by its log.
 Steps go by the mean of u over the steered blocks up to their own (`refine_pooled`; `elsteer.energy.product`), and these means
 are what is trained then.
-Then u is left alone, its offset aside: the loss through the
-model makes it surer of the training prompts and worse on others, of other hands above all (docs/algorithm.md). `refine_due`
-trains it on nonetheless.
+Then u is multiplied by `refine_gain`, so that fewer steps are too short to change the verdict, and left alone, its offset
+aside: the loss through the model makes it surer of the training prompts and worse on others, of other hands above all
+(docs/algorithm.md). `refine_due` trains it on nonetheless.
 
 This is distillation of a conditioned distribution into an intervention on hidden states, as in representation finetuning
 (ReFT, Wu et al. 2024, arXiv 2404.03592), with the intervention held to a guarded step down an energy: `elsteer.energy.descent`.
@@ -178,6 +178,12 @@ class SteeredProducts(nn.Module):
                 schedule.step()
             if progress is not None:
                 progress(epoch + 1, epochs)
+
+    @torch.no_grad()
+    def times(self, gain: float) -> None:
+        """Multiply u by `gain`: where it is 0 stays, and tanh(u) is nearer to -1 or 1."""
+        for part in (self.due, self.offset, self.bend):
+            part.mul_(gain)
 
     @staticmethod
     def _mean_so_far(u: Tensor) -> Tensor:
