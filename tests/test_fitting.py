@@ -461,6 +461,27 @@ def test_a_product_s_energies_for_one_more_weight_follow_from_the_first(tiny: Ti
             assert torch.equal(found.tensors[layer]["bias"], tensors["bias"])
 
 
+def test_a_weight_shifts_u_by_as_much_as_its_gain_asks(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[float, float]] = []
+    asking_for = Energies.asking_for
+
+    def told(energies: Energies, ratio: float, gain: float = 1.0) -> Energies:
+        asked.append((ratio, gain))
+        return asking_for(energies, ratio, gain)
+
+    monkeypatch.setattr(Energies, "asking_for", told)
+    training = {"refine_epochs": 1, "refine_gain": 4.0, "benign_weights": [1.0, 3.0]}
+    with contextlib.suppress(NothingHelps):
+        fitted(tiny, tmp_path, settings=tiny_settings(tuning=HELPS, training=training))
+    assert asked == [(3.0, 4.0)]
+    first = read_energies(tmp_path / "energy/1")
+    for layer, tensors in asking_for(first, 3.0, 4.0).tensors.items():
+        shift = tensors["bias"][0] - first.tensors[layer]["bias"][0]
+        assert float(shift) == pytest.approx(-4 * math.log(3), abs=1e-4)
+
+
 def test_one_more_weight_leaves_the_networks_of_the_others_as_they_are(tiny: Tiny, tmp_path: Path) -> None:
     network = {"energy": "network", "epochs": 4}
     with contextlib.suppress(NothingHelps):

@@ -58,7 +58,9 @@ class TrainingSettings(_Settings):
         0.1, ge=0, description="Weight of not moving where the model is right, in training through the model."
     )
     refine_gain: float = Field(
-        2.0, gt=0, description="Product: u (is refusing due) times this once it is trained, so that a step is firmer in doubt."
+        2.0,
+        gt=0,
+        description="Product: u (is refusing due) times this once it is trained, so that a step is firmer in doubt.",
     )
     refine_pooled: bool = Field(
         True,
@@ -141,7 +143,7 @@ class TuningSettings(_Settings):
     )
     worst_source: float = Field(
         -0.02,
-        description="Least weighted change, plus its standard error, on any one source of 20 prompts or more.",
+        description="Least weighted change on any one source of 20 prompts or more, plus a standard error (of many more).",
     )
     refusal_level: float = Field(
         0.8,

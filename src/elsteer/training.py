@@ -76,12 +76,15 @@ class Energies:
         )
         return Landscape(rule, self.tensors, self.useful_guards(), print_of)
 
-    def asking_for(self, ratio: float) -> Energies:
-        """Product energies for a benign half of `ratio` times the weight: its log is taken off u, the log-odds of harm."""
+    def asking_for(self, ratio: float, gain: float = 1.0) -> Energies:
+        """Product energies for a benign half of `ratio` times the weight: its log is taken off u, the log-odds of harm.
+
+        gain: what these log-odds were multiplied by.
+        """
         tensors = {layer: dict(found) for layer, found in self.tensors.items()}
         for found in tensors.values():
             found["bias"] = found["bias"].clone()
-            found["bias"][0] -= math.log(ratio)
+            found["bias"][0] -= gain * math.log(ratio)
         return dataclasses.replace(self, tensors=tensors)
 
     def useful_guards(self) -> dict[int, Tensor]:
@@ -117,8 +120,8 @@ def train_energies(
     found: dict[float, Energies] = {}
     for weight in weights:
         if product and found:
-            ratio = weight / weights[0]
-            found[weight] = found[weights[0]].asking_for(ratio if through is None else ratio**training.refine_gain)
+            gain = 1.0 if through is None else training.refine_gain
+            found[weight] = found[weights[0]].asking_for(weight / weights[0], gain)
             continue
         folder = run / f"energy/{weight:g}"
         if (folder / "training.json").exists():

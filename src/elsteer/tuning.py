@@ -22,6 +22,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -48,7 +49,8 @@ class Trial:
     """One setting and what it did on dev. Rates are shares of the scored prompts; None: not measured in this pass.
 
     weighted: the change of harmful refusals, weighted (`Tuner`), less its standard error. worst_source: the least such change
-    of any source, plus its standard error. So doubt counts against a gain in all, and for a source that seems to lose.
+    of any source, plus standard errors (`Tuner._worst`). So doubt counts against a gain in all, and for a source that seems
+    to lose.
     """
 
     rule: dict[str, Any]
@@ -412,12 +414,18 @@ class Tuner:
         return trial
 
     def _worst(self, refused: np.ndarray[Any, Any], plain: np.ndarray[Any, Any], rows: np.ndarray[Any, Any]) -> float:
-        """The least weighted change, plus its standard error, of harmful refusals on any source of 20 prompts or more."""
+        """The least weighted change, plus standard errors, of harmful refusals on any source of 20 prompts or more.
+
+        One source: one standard error. Of more the least is below that by chance alone, so that each gets as many as leave the
+        least of k independent ones above its own change as often (Sidak 1967): 1.4 for two, 2.1 for nine.
+        """
         by_source: dict[str, list[int]] = defaultdict(list)
         for at in np.flatnonzero(rows):
             by_source[self.dev.prompts[at].source].append(int(at))
         found = [np.array(places) for places in by_source.values() if len(places) >= 20]
-        return min((self._weighted(refused, plain, places, 1) for places in found), default=0.0)
+        normal = NormalDist()
+        errors = normal.inv_cdf(normal.cdf(1) ** (1 / max(1, len(found))))
+        return min((self._weighted(refused, plain, places, errors) for places in found), default=0.0)
 
     def _weighted(
         self,

@@ -162,6 +162,13 @@ def test_where_steps_go_by_the_mean_so_far_a_block_learns_what_those_before_miss
     assert losses[True] < 0.8 * losses[False]
 
 
+def test_u_times_a_gain_is_0_where_it_was() -> None:
+    found, x = products(units=5), torch.randn(7, len(LAYERS), SIZE, generator=torch.Generator().manual_seed(3))
+    before = found._due(x)
+    found.times(2.0)
+    torch.testing.assert_close(found._due(x), 2 * before)
+
+
 def test_units_learn_from_the_context_what_the_state_does_not_say() -> None:
     kinds = torch.arange(300) % 2 == 0
     contexts, known = some_contexts(300)
