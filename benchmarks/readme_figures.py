@@ -1,8 +1,9 @@
-"""The README's figures and pictures, made from results/main.json and the run folder of benchmarks/main_figures.py.
+"""The README's figures and pictures, made from results/headline.json, results/main.json and the run folder of main_figures.py.
 
-    .venv/bin/python benchmarks/readme_figures.py [--run-dir runs/main]
+    .venv/bin/python benchmarks/readme_figures.py [--run-dir runs/main | --headline]
 
-Writes the part of README.md between the marks `figures:begin` and `figures:end`, and the picture there. It measures nothing.
+Writes the part of README.md between the marks `figures:begin` and `figures:end`, and the picture there; with --headline the part
+between `headline:begin` and `headline:end` alone. It measures nothing.
 """
 
 from __future__ import annotations
@@ -83,10 +84,73 @@ def text(figures: dict[str, Figure], moved: dict[str, Interval]) -> str:
     return "\n".join(lines)
 
 
+def headline(figures: dict[str, Figure]) -> str:
+    """A table of the methods of each size that is there, and what else was measured of els."""
+    lines: list[str] = []
+    for size in ("0.5b", "1.5b"):
+        of_size = {name[len(size) + 1 :]: one for name, one in figures.items() if name.startswith(f"{size}.")}
+        if not of_size:
+            continue
+        methods = [name.removesuffix(".removed") for name in of_size if name.endswith(".removed")]
+        first = of_size["removed"]
+        lines += [
+            f"{first.model.partition('/')[2]}, seed {first.seed}, judge `rules`, n {of_size['removed.xstest_safe'].n} and"
+            f" {of_size['removed.or_bench_hard'].n} benign and {of_size['harmful_difference'].n} harmful prompts, 95% intervals"
+            f" (`{first.command}`; all: [results/headline.md](results/headline.md)):",
+            "",
+            "| method | removed, XSTest safe | OR-Bench-hard | harmful refusals, points: all | HarmBench | XSTest unsafe |",
+            "|---|---|---|---|---|---|",
+        ]
+        for method in ["", *(f"{name}." for name in methods)]:
+            cells = [share(of_size[f"{method}removed.{name}"]) for name in ("xstest_safe", "or_bench_hard")]
+            parts = ("", ".harmbench", ".xstest_unsafe")
+            cells += [points(of_size[f"{method}harmful_difference{part}"]) for part in parts]
+            lines.append(f"| {method.removesuffix('.') or '**els**'} | {' | '.join(cells)} |")
+        told = {
+            "harmful_difference.attacked": ("harmful refusals under five families of attacks", points),
+            "quality.perplexity_ratio": ("perplexity of the steered answers, times the plain ones'", ratio),
+            "kl_neutral": ("KL per token on everyday prompts, nats", ratio),
+            "facts_kept": ("short-answer questions that stay right", share),
+            "mmlu_difference": ("MMLU, points", points),
+            "arc_difference": ("ARC, points", points),
+            "truthfulqa_difference": ("TruthfulQA, points", points),
+        }
+        known = [f"{words}: {write(of_size[name])}" for name, (words, write) in told.items() if name in of_size]
+        if known:
+            lines += ["", f"els besides: {'; '.join(known)}."]
+        lost = [name for name in ("harmbench", "xstest_unsafe") if of_size[f"harmful_difference.{name}"].high < 0]
+        if lost:
+            labels = " and ".join(SETS[name] for name in lost)
+            lines += [
+                "",
+                f"**Safety is not kept on {labels}**, whatever the sum says: measure on prompts like your own.",
+            ]
+        lines.append("")
+    return "\n".join(lines).rstrip("\n")
+
+
+def ratio(figure: Figure) -> str:
+    if figure.low is None or figure.high is None:
+        return f"{figure.value:.3f}"
+    return f"{figure.value:.3f} ({figure.low:.3f} to {figure.high:.3f})"
+
+
+def put(mark: str, words: str) -> None:
+    """Put `words` in README.md between the marks."""
+    readme = ROOT / "README.md"
+    marks = re.compile(rf"(<!-- {mark}:begin -->\n).*?(\n?<!-- {mark}:end -->)", re.DOTALL)
+    page = marks.sub(lambda at: at[1] + words + "\n" + at[2].lstrip("\n"), readme.read_text(encoding="utf-8"))
+    readme.write_text(page, encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run-dir", type=Path, default=ROOT / "runs/main")
+    parser.add_argument("--headline", action="store_true", help="the headline's part alone")
     options = parser.parse_args()
+    put("headline", headline({one.name: one for one in read_figures(ROOT / "results/headline.json")}))
+    if options.headline:
+        return
     figures = {one.name: one for one in read_figures(ROOT / "results/main.json")}
     rows = [
         {**row, "source": SOURCES.get(row["source"].partition("(")[0], row["source"])}
@@ -96,10 +160,7 @@ def main() -> None:
     ]
     found = compare(rows, "els", by=("source",))
     words = text(figures, {one.name: one.difference for one in found})
-    readme = ROOT / "README.md"
-    marks = re.compile(r"(<!-- figures:begin -->\n).*(\n<!-- figures:end -->)", re.DOTALL)
-    page = marks.sub(lambda at: at[1] + words + at[2], readme.read_text(encoding="utf-8"))
-    readme.write_text(page, encoding="utf-8")
+    put("figures", words)
     picture = before_after_picture(found, "Refused, plain and steered")
     (ROOT / "docs/images/before_after.png").write_bytes(picture)
     sys.stdout.write(f"README.md and its picture are made from results/main.json and {options.run_dir}.\n")

@@ -131,12 +131,14 @@ def test_no_prompt_stands_twice() -> None:
 
 
 def test_nothing_nearly_the_same_stands_in_two_splits() -> None:
-    matrix = TfidfVectorizer().fit_transform([row["prompt"] for row in ROWS])
-    near = (matrix @ matrix.T).tocoo()
+    rows = sorted(ROWS, key=lambda row: row["split"] == "train")  # dev and test, which are few, come first
+    few = sum(row["split"] != "train" for row in rows)
+    matrix = TfidfVectorizer().fit_transform([row["prompt"] for row in rows])
+    near = (matrix[:few] @ matrix.T).tocoo()
     leaks = [
-        (ROWS[i]["prompt"], ROWS[j]["prompt"])
+        (rows[i]["prompt"], rows[j]["prompt"])
         for i, j, cosine in zip(near.row, near.col, near.data, strict=True)
-        if i < j and cosine >= NEAR and ROWS[i]["split"] != ROWS[j]["split"]
+        if cosine >= NEAR and rows[i]["split"] != rows[j]["split"]
     ]
     assert leaks == []
 
