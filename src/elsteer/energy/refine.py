@@ -59,6 +59,11 @@ _LEAST = 1e-3  # of w and 1 - w
 _UNITS_RATE, _UNITS_BATCH = 2e-3, 128
 
 
+def _warm(steps: int) -> float:
+    """The share of the steps in which the rate rises. A tenth of ten is a phase of no length, which OneCycleLR divides by."""
+    return 0.11 if steps == 10 else 0.1
+
+
 class SteeredProducts(nn.Module):
     """The trainable form of the product energies of `layers`: their directions, offsets and lengths.
 
@@ -159,7 +164,9 @@ class SteeredProducts(nn.Module):
         places = torch.arange(len(states)) if places is None else places
         starts = range(0, len(places), _UNITS_BATCH)
         total = max(2, epochs * len(starts))
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, _UNITS_RATE, total_steps=total, pct_start=0.1)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimiser, _UNITS_RATE, total_steps=total, pct_start=_warm(total)
+        )
         weights = _kind_weights(harmful, benign_weight, places)
         for epoch in range(epochs):
             order = places[torch.randperm(len(places), generator=generator)]
@@ -327,8 +334,9 @@ def refine(
         slow, fast = [*slow, products.read], [*fast, products.read_offset]
     optimiser = torch.optim.AdamW([{"params": slow, "lr": rate}, {"params": fast, "lr": 10 * rate}], weight_decay=0.0)
     total = len(batches) * epochs
+    steps = max(2, total)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, max_lr=[rate, 10 * rate], total_steps=max(2, len(batches) * epochs), pct_start=0.1
+        optimiser, max_lr=[rate, 10 * rate], total_steps=steps, pct_start=_warm(steps)
     )
     rows = torch.tensor([row for batch in batches for row in batch.rows])
     weights = _kind_weights(harmful, benign_weight, rows)
