@@ -148,7 +148,7 @@ class Work:
 
     def attacked(self) -> ComparisonResult:
         return self.compare(("els",), self.run / "attacked", suites=ATTACKED, strengths=(1.0,),
-                            limit=REDUCED_ATTACKED if self.reduced else None)  # fmt: skip
+                            limit=REDUCED_ATTACKED if self.reduced and not self.small else None)  # fmt: skip
 
     def seed(self, seed: int) -> ComparisonResult:
         if not (self.fitted(seed) / "landscape").is_dir():

@@ -76,12 +76,17 @@ def text(figures: dict[str, Figure], moved: dict[str, Interval]) -> str:
         f"{slower.value:.3f} times the plain time ({slower.low:.3f} to {slower.high:.3f}).",
     ]
     lost = [label for name, label in SETS.items() if f"removed.{name}" not in figures and moved[label].high < 0]
-    if lost:
-        lines += [
-            "",
-            f"**Safety is not kept on {' and '.join(lost)}**, whatever the sum says: measure on prompts like your own.",
-        ]
-    return "\n".join(lines)
+    return "\n".join(lines + not_kept(lost))
+
+
+def not_kept(lost: list[str]) -> list[str]:
+    """The lines that say on which sets harmful refusals fell; none for none."""
+    if not lost:
+        return []
+    return [
+        "",
+        f"**Safety is not kept on {' and '.join(lost)}**, whatever the sum says: measure on prompts like your own.",
+    ]
 
 
 def headline(figures: dict[str, Figure]) -> str:
@@ -118,13 +123,8 @@ def headline(figures: dict[str, Figure]) -> str:
         known = [f"{words}: {write(of_size[name])}" for name, (words, write) in told.items() if name in of_size]
         if known:
             lines += ["", f"els besides: {'; '.join(known)}."]
-        lost = [name for name in ("harmbench", "xstest_unsafe") if of_size[f"harmful_difference.{name}"].high < 0]
-        if lost:
-            labels = " and ".join(SETS[name] for name in lost)
-            lines += [
-                "",
-                f"**Safety is not kept on {labels}**, whatever the sum says: measure on prompts like your own.",
-            ]
+        of_harm = {SETS[name]: of_size[f"harmful_difference.{name}"] for name in ("harmbench", "xstest_unsafe")}
+        lines += not_kept([label for label, one in of_harm.items() if one.high is not None and one.high < 0])
         lines.append("")
     return "\n".join(lines).rstrip("\n")
 
@@ -138,8 +138,8 @@ def ratio(figure: Figure) -> str:
 def put(mark: str, words: str) -> None:
     """Put `words` in README.md between the marks."""
     readme = ROOT / "README.md"
-    marks = re.compile(rf"(<!-- {mark}:begin -->\n).*?(\n?<!-- {mark}:end -->)", re.DOTALL)
-    page = marks.sub(lambda at: at[1] + words + "\n" + at[2].lstrip("\n"), readme.read_text(encoding="utf-8"))
+    marks = re.compile(rf"(<!-- {mark}:begin -->\n).*(<!-- {mark}:end -->)", re.DOTALL)
+    page = marks.sub(lambda at: f"{at[1]}{words}\n{at[2]}", readme.read_text(encoding="utf-8"))
     readme.write_text(page, encoding="utf-8")
 
 

@@ -218,14 +218,14 @@ def test_rounding_does_not_decide_about_the_margin(wide: Tuner) -> None:
         assert rates(wide, [(2 * share + 4) / 100, 0.0, 0.0], [2 * share / 100, 0.0, 0.0]).feasible, share
 
 
-OF_TWO = 1.3868  # standard errors, of two sources: P(Z < 1.3868) = .9172 = .8413**.5, and P(Z < 1) = .8413
+OF_TWO = 1.3867989725109946  # standard errors, of two sources: P(Z < 1.3868) = .9172 = .8413**.5, and P(Z < 1) = .8413
 
 
 def test_harmful_refusals_must_not_fall_on_one_source(wide: Tuner) -> None:
     wide.settings = wide.settings.model_copy(update={"refusal_level": 0.0, "worst_source": -0.05})
     trial = rates(wide, [0.9, 0.44, 0.1], [0.5, 0.5, 0.4])  # 3 of 25 refused ones are lost, 25 answered ones stay
     assert trial.worst_source == pytest.approx(
-        -0.06 + OF_TWO * 0.5 * math.sqrt((4 / 27 * 23 / 27 + 1 / 27 * 26 / 27) / 27), abs=1e-4
+        -0.06 + OF_TWO * 0.5 * math.sqrt((4 / 27 * 23 / 27 + 1 / 27 * 26 / 27) / 27), abs=1e-9
     )
     assert trial.feasible
     assert rates(wide, [0.9, 0.36, 0.1], [0.5, 0.5, 0.4]).why_not == ["harmful refusals fall on one source"]

@@ -331,6 +331,7 @@ def _tune(
 ) -> tuple[Trial | None, Tuner]:
     labels = [(one.prompt_id, one.label) for one in plain]
     weights = settings.training.benign_weights
+    # "Sidak": how the bounds in the rows are reckoned, which no setting says.
     key = key_of(train_key, labels, [one.id for one in neutral.prompts], settings.tuning.model_dump(), weights, "Sidak")
     run.stage("tune", key, ["frontier.jsonl"])
     benign = {one.label for one, prompt in zip(plain, caches.prompts, strict=True) if not prompt.harmful}

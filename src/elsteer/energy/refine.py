@@ -46,6 +46,7 @@ from transformers import PreTrainedModel
 
 from elsteer.decoding import PromptBatch, first_logits, plain_model
 from elsteer.energy.product import need, verdict_means, verdict_row
+from elsteer.energy.schedule import one_cycle
 from elsteer.errors import RunError
 from elsteer.models import decoder_blocks
 from elsteer.settings import TrainingSettings
@@ -57,11 +58,6 @@ _TOKENS = 256  # of the plain distribution, the likeliest; the rest counts as on
 _SHARPNESS = 4
 _LEAST = 1e-3  # of w and 1 - w
 _UNITS_RATE, _UNITS_BATCH = 2e-3, 128
-
-
-def _warm(steps: int) -> float:
-    """The share of the steps in which the rate rises. A tenth of ten is a phase of no length, which OneCycleLR divides by."""
-    return 0.11 if steps == 10 else 0.1
 
 
 class SteeredProducts(nn.Module):
@@ -164,9 +160,7 @@ class SteeredProducts(nn.Module):
         places = torch.arange(len(states)) if places is None else places
         starts = range(0, len(places), _UNITS_BATCH)
         total = max(2, epochs * len(starts))
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimiser, _UNITS_RATE, total_steps=total, pct_start=_warm(total)
-        )
+        schedule = one_cycle(optimiser, _UNITS_RATE, total)
         weights = _kind_weights(harmful, benign_weight, places)
         for epoch in range(epochs):
             order = places[torch.randperm(len(places), generator=generator)]
@@ -334,10 +328,7 @@ def refine(
         slow, fast = [*slow, products.read], [*fast, products.read_offset]
     optimiser = torch.optim.AdamW([{"params": slow, "lr": rate}, {"params": fast, "lr": 10 * rate}], weight_decay=0.0)
     total = len(batches) * epochs
-    steps = max(2, total)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, max_lr=[rate, 10 * rate], total_steps=steps, pct_start=_warm(steps)
-    )
+    schedule = one_cycle(optimiser, [rate, 10 * rate], max(2, total))
     rows = torch.tensor([row for batch in batches for row in batch.rows])
     weights = _kind_weights(harmful, benign_weight, rows)
     generator = torch.Generator().manual_seed(seed)

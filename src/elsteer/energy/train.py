@@ -35,6 +35,7 @@ from torch import Tensor
 
 from elsteer.energy.model import EnergyModels
 from elsteer.energy.product import ProductEnergies, product_energy
+from elsteer.energy.schedule import one_cycle
 from elsteer.energy.standard import standardised, weighted_sums
 from elsteer.errors import RunError
 from elsteer.settings import TrainingSettings
@@ -219,9 +220,7 @@ def _fit(
             for u in (False, True)
         ]
     steps = max(1, round(len(fit_rows) / (len(kinds) * each)))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, max_lr=settings.learning_rate, total_steps=steps * settings.epochs, pct_start=0.1
-    )
+    schedule = one_cycle(optimiser, settings.learning_rate, steps * settings.epochs)
     best = torch.full((len(models.layers),), -1.0)
     best_epoch, best_state = torch.zeros(len(models.layers), dtype=torch.long), _copy(models)
     scores: dict[int, dict[str, float]] = {}
