@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -141,6 +142,31 @@ def test_a_killed_comparison_goes_on_where_it_was(tiny: Tiny, fitted: Path, suit
     assert len(lines(rows)) == 40
     assert run_it().removed == found.removed
     assert len(lines(rows)) == 40
+
+
+def test_other_evidence_makes_trials_and_rows_anew_but_not_those_of_the_plain_model(
+    tiny: Tiny, fitted: Path, suite: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(fitted, run)
+
+    def run_it() -> None:
+        compare(
+            *tiny, run, ["caa", "system-prompt"], [str(suite)], out=tmp_path / "out", budget=3, finalists=1, judge="letters"
+        )  # fmt: skip
+
+    def files() -> dict[str, list[str]]:
+        return {file.name: lines(file) for file in (tmp_path / "out").rglob("*.jsonl")}
+
+    run_it()
+    before = files()
+    known = list(read_jsonl(run / "completions.jsonl"))
+    scored = [row for row in known if row["label"] in ("refusal", "compliance")]
+    scored[0]["label"] = "compliance" if scored[0]["label"] == "refusal" else "refusal"
+    (run / "completions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in known), encoding="utf-8")
+    run_it()
+    changed = sorted(name for name, now in files().items() if now != before[name])
+    assert changed == ["frontier.caa.jsonl", "mine.caa.1.jsonl"]
 
 
 def test_what_is_wrong_is_said_in_a_sentence(tiny: Tiny, fitted: Path, suite: Path, tmp_path: Path) -> None:

@@ -261,6 +261,12 @@ class _Work:
             budget=budget,
             finalists=finalists,
             with_system=lambda system: (self.caches(self.dev, system), self.caches(self.neutral, system)),
+            made=key_of(
+                self.key,
+                self._made(name),
+                self.settings.tuning.model_dump(mode="json"),
+                [one.id for one in (*self.dev, *self.neutral)],
+            ),
         )
         candidate: Candidate = tuned.candidate
         settings = {**candidate.settings, "strength": candidate.strength}
@@ -325,15 +331,11 @@ class _Work:
         with attaches.attach(self.model) as steering:
             return [one.label for one in run(steering)]
 
-    def _made(self, name: str) -> list[float] | str:
-        """What the energies are: other ones under the same rule make other rows."""
-        if name not in ("els", *CONTROLS):
-            return [
-                float(sum(self.evidence.refused)),
-                float(sum(self.evidence.harmful)),
-                float(len(self.evidence.refused)),
-            ]
-        return self.landscape.digest()
+    def _made(self, name: str) -> str:
+        """What a method has learned from: another landscape, or other evidence, under the same settings makes other rows."""
+        if name in ("els", *CONTROLS):
+            return self.landscape.digest()
+        return self.evidence.digest() if BASELINES[name].learns else ""
 
 
 def part_of(suite: str, harmful: bool, both: bool) -> str:

@@ -51,15 +51,17 @@ def tune_baseline(
     budget: int = BUDGET,
     finalists: int = FINALISTS,
     with_system: Caches | None = None,
+    made: str = "",
 ) -> Tuned:
     """Choose one of `candidates` on the dev prompts of `shared`, a tuner whose energies are not used.
 
     path: JSONL of the trials. with_system: dev and neutral caches under a system prompt, for candidates that have one.
+    made: of what candidates and prompts are made; trials of another are not taken over.
     Raises RunError where there is no candidate.
     """
     if not candidates:
         raise RunError("This method has no candidate for this model.")
-    tuner = _BaselineTuner(shared, _spread(candidates, budget), path, with_system)
+    tuner = _BaselineTuner(shared, _spread(candidates, budget), path, with_system, made)
     return tuner.choose(finalists)
 
 
@@ -73,13 +75,15 @@ def _spread(candidates: Sequence[Candidate], budget: int) -> list[Candidate]:
 class _BaselineTuner(Tuner):
     """The fit's tuner, whose rules are the settings of candidates."""
 
-    def __init__(self, shared: Tuner, candidates: Sequence[Candidate], path: Path, with_system: Caches | None) -> None:
+    def __init__(
+        self, shared: Tuner, candidates: Sequence[Candidate], path: Path, with_system: Caches | None, made: str
+    ) -> None:
         # What does not depend on the method is shared: caches, plain answers, first tokens, logits.
         shared._first_tokens()
         shared.plain_neutral()
         self.__dict__.update(copy.copy(shared).__dict__)
         self.candidates = {_key(one): one for one in candidates}
-        self.path, self.with_system = path, with_system
+        self.path, self.with_system, self.made = path, with_system, made
         self.trials = {row["key"]: Trial.from_row(row["trial"]) for row in read_jsonl(path)}
         self.own: dict[str, tuple[PromptCaches, PromptCaches]] = {}
         self.plain_caches = shared.dev, shared.neutral
@@ -103,6 +107,9 @@ class _BaselineTuner(Tuner):
         else:
             best = max(judged, key=self._worth)
         return Tuned(self.landscape(best.rule), best, bool(kept), [*screened, *judged])
+
+    def _tried(self, rule: dict[str, Any], stage: str, run: Callable[[dict[str, Any]], Trial]) -> Trial:
+        return super()._tried(rule, f"{stage} {self.made}" if self.made else stage, run)
 
     def _screened(self, rule: dict[str, Any]) -> Trial:
         with _Caches(self, rule):

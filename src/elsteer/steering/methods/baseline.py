@@ -55,10 +55,12 @@ class Baseline:
     """A method to compare with.
 
     name: as on the command line. title: its full name. citation: where the formula is from. candidates(evidence) gives the
-    settings to tune over, at most about two dozen, ordered by strength within each layer choice.
+    settings to tune over, at most about two dozen, ordered by strength within each layer choice. learns: whether they depend on
+    what is in the evidence.
     """
 
     name: str
     title: str
     citation: str
     candidates: Callable[[Evidence], list[Candidate]]
+    learns: bool = True
