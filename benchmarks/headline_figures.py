@@ -9,7 +9,7 @@ families of attacks that nothing was fitted on.
 
 Parts: `fit`; a part for each method; `attacked`; `capability`; `quality`; `seed-1` and `seed-2`, two more fits. All of them run
 one after the other, or `--jobs` at a time, each in a process of its own (for a GPU; a part's output is then in RUN/PART.log).
-Killed and started again, it goes on where it was. `--publish` writes the figures of the parts that are done.
+Killed and started again, it goes on where it was. `--publish` writes the figures of the parts that are done, and the landscape.
 
 --reduced: for two cores; fewer dev prompts, 300 of each suite and 120 of each attacked, no strengths beside the tuned one.
 --small: very few, to see that it works; nothing is written to results.
@@ -307,6 +307,8 @@ def main() -> int:
     write_figures(options.results / "headline.json", figures)
     shutil.copy(work.run / "compare/frontier.png", options.results / f"frontier-{work.size}.png")
     shutil.copy(work.run / "compare/compare.md", options.results / f"compare-{work.size}.md")
+    shipped = options.results / f"landscapes/{MODELS[work.size].split('/')[1].lower().removesuffix('-instruct')}"
+    Landscape.from_pretrained(work.fitted() / "landscape").save_pretrained(shipped)
     return write_page(options.results)
 
 
