@@ -46,8 +46,8 @@ from elsteer.settings import FitSettings, TrainingSettings, TuningSettings
 MODELS = {"0.5b": "Qwen/Qwen2.5-Coder-0.5B-Instruct", "1.5b": "Qwen/Qwen2.5-Coder-1.5B-Instruct"}
 ASIDE = {"orbench_toxic": 60, "advbench": 60, "do_not_answer": 180}  # of train.jsonl, for tuning
 DEV = ("oktest", "orbench_hard", "harmbench", "malicious_instruct")
-TRAINING = TrainingSettings(refine_prompts=4800, refine_memory=12 << 30, benign_weights=(10.0, 13.0, 16.0, 20.0, 25.0))
-TUNING = TuningSettings(etas=(0.066,), kl=0.019, perplexity_ratio=1.03, finalists=3)  # below the goals
+TRAINING = TrainingSettings(refine_prompts=4800, refine_memory=12 << 30, benign_weights=(10.0, 11.5, 13.0, 14.5, 16.0))
+TUNING = TuningSettings(etas=(0.064,), kl=0.019, perplexity_ratio=1.03, finalists=3)  # below the goals
 # Of `--reduced`: dev prompts, by the start of their source.
 REDUCED_DEV_STARTER, REDUCED_LIMIT, REDUCED_ATTACKED = 300, 300, 120
 REDUCED_DEV = {"oktest": 120, "orbench_hard": 120, "harmbench": 36, "malicious_instruct": 88}
