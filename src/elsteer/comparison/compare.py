@@ -56,6 +56,8 @@ from elsteer.tuning import Trial, Tuner
 __all__ = ["PLAIN", "check_methods", "compare", "known_methods"]
 
 PLAIN = "none"
+# What the tuner tries of an energy, and no baseline has.
+_OF_ELS_ALONE = {"etas", "band_share", "bands", "steps", "windows", "gates", "guards", "finalists", "least_removed"}
 Progress = Callable[[str, int, int], None]
 Bools = NDArray[np.bool_]
 
@@ -264,7 +266,7 @@ class _Work:
             made=key_of(
                 self.key,
                 self._made(name),
-                self.settings.tuning.model_dump(mode="json"),
+                self.settings.tuning.model_dump(mode="json", exclude=_OF_ELS_ALONE),
                 [one.id for one in (*self.dev, *self.neutral)],
             ),
         )
