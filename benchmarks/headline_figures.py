@@ -11,7 +11,8 @@ Parts: `fit`; a part for each method; `attacked`; `capability`; `quality`; `seed
 one after the other, or `--jobs` at a time, each in a process of its own (for a GPU; a part's output is then in RUN/PART.log).
 Killed and started again, it goes on where it was. `--publish` writes the figures of the parts that are done, and the landscape.
 
---reduced: for two cores; fewer dev prompts, 300 of each suite and 120 of each attacked, no strengths beside the tuned one.
+--reduced: for two cores; fewer dev prompts, 450 of each suite, 120 of each attacked and 1,200 of each capability set, no
+strengths beside the tuned one.
 --small: very few, to see that it works; nothing is written to results.
 """
 
@@ -22,12 +23,12 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from main_figures import draw, progress
 
 import elsteer
 from elsteer.comparison.compare import compare, known_methods
@@ -37,7 +38,10 @@ from elsteer.errors import NothingHelps
 from elsteer.evaluation.capability import TASKS, capability
 from elsteer.evaluation.evaluate import evaluate
 from elsteer.evaluation.figures import Figure, figures_markdown, machine, read_figures, write_figures
+from elsteer.evaluation.plots import before_after_picture
 from elsteer.evaluation.statistics import Interval
+from elsteer.evaluation.tables import compare as by_set
+from elsteer.files import read_jsonl
 from elsteer.fitting import fit
 from elsteer.landscape import Landscape
 from elsteer.prompts import Prompt, load_starter, read_prompts, sample
@@ -46,13 +50,29 @@ from elsteer.settings import FitSettings, TrainingSettings, TuningSettings
 MODELS = {"0.5b": "Qwen/Qwen2.5-Coder-0.5B-Instruct", "1.5b": "Qwen/Qwen2.5-Coder-1.5B-Instruct"}
 ASIDE = {"orbench_toxic": 60, "advbench": 60, "do_not_answer": 180}  # of train.jsonl, for tuning
 DEV = ("oktest", "orbench_hard", "harmbench", "malicious_instruct")
-TRAINING = TrainingSettings(refine_prompts=4800, refine_memory=12 << 30, benign_weights=(10.0, 11.5, 13.0, 14.5, 16.0))
-TUNING = TuningSettings(etas=(0.064,), kl=0.019, perplexity_ratio=1.03, finalists=3)  # below the goals
+TRAINING = {
+    "0.5b": TrainingSettings(
+        refine_prompts=9600, refine_memory=12 << 30, benign_weights=(10.0, 11.5, 13.0, 14.5, 16.0)
+    ),
+    "1.5b": TrainingSettings(refine_prompts=4800, refine_memory=12 << 30, benign_weights=(6.3, 4.0, 10.0, 16.0)),
+}
+BOUNDS = {"kl": 0.019, "perplexity_ratio": 1.03, "finalists": 3}  # below the goals
+TUNING = {
+    "0.5b": TuningSettings(etas=(0.064, 0.056), **BOUNDS),
+    "1.5b": TuningSettings(etas=(0.064, 0.05, 0.08), **BOUNDS),
+}
 # Of `--reduced`: dev prompts, by the start of their source.
-REDUCED_DEV_STARTER, REDUCED_LIMIT, REDUCED_ATTACKED = 300, 300, 120
+REDUCED_DEV_STARTER, REDUCED_LIMIT, REDUCED_ATTACKED, REDUCED_CHOICES = 300, 450, 120, 1200
+REDUCED_TRAIN = {"1.5b": 14_000}  # of the larger model two cores read five prompts a second
 REDUCED_DEV = {"oktest": 120, "orbench_hard": 120, "harmbench": 36, "malicious_instruct": 88}
 REDUCED_ASIDE = {"orbench_toxic": 40, "advbench": 40, "do_not_answer": 120}
 SUITES = ("xstest", "or-bench-hard", "harmbench")
+SETS = {
+    ("xstest", False): "XSTest safe",
+    ("xstest", True): "XSTest unsafe",
+    ("or-bench-hard", False): "OR-Bench-hard",
+    ("harmbench", True): "HarmBench",
+}
 FAMILIES = ("past-tense", "refusal-suppression", "payload-splitting", "in-the-wild", "dan")
 ATTACKED = tuple(f"{suite}+{family}" for suite in ("xstest", "harmbench") for family in FAMILIES)
 METHODS = tuple(known_methods())
@@ -73,6 +93,25 @@ GOALS = {
 }
 
 
+def draw(prompts: list[Prompt], wanted: dict[str, int], seed: int, without: set[str]) -> list[Prompt]:
+    found: list[Prompt] = []
+    for start, count in wanted.items():
+        rows = [one for one in prompts if one.source.startswith(start) and one.id not in without]
+        found += sample(rows, count, seed)
+    return found
+
+
+def progress(stage: str, done: int, total: int) -> None:
+    now = time.monotonic()
+    if done == total or now - progress.last > 20:  # type: ignore[attr-defined]
+        progress.last = now  # type: ignore[attr-defined]
+        sys.stdout.write(f"{time.strftime('%H:%M:%S')} {stage}: {done}/{total}\n")
+        sys.stdout.flush()
+
+
+progress.last = 0.0  # type: ignore[attr-defined]
+
+
 def families(prompts: list[Prompt], count: int, seed: int) -> list[Prompt]:
     """Whole families of prompts (close pairs), drawn by seed until there are `count` prompts."""
     by_family: dict[str, list[Prompt]] = {}
@@ -89,11 +128,12 @@ def families(prompts: list[Prompt], count: int, seed: int) -> list[Prompt]:
 class Work:
     """One size: its folders, prompts, and the parts."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.size, self.data, self.small, self.reduced = options.size, options.data_dir, options.small, options.reduced
+    def __init__(self, size: str, data: Path, run: Path | None = None, *, reduced: bool = False, small: bool = False,
+                 dtype: str | None = None, batch_size: int = 64) -> None:  # fmt: skip
+        self.size, self.data, self.small, self.reduced = size, data, small, reduced
         kind = "-small" if self.small else "-reduced" if self.reduced else ""
-        self.run = options.run_dir or Path(f"runs/headline-{self.size}{kind}")
-        self.results, self.dtype, self.batch = options.results, options.dtype, options.batch_size
+        self.run = run or Path(f"runs/headline-{self.size}{kind}")
+        self.dtype, self.batch = dtype, batch_size
         self.command = f"python benchmarks/headline_figures.py --data-dir DATA --size {self.size}"
         self.command += " --reduced" if self.reduced else ""
         self.limit = 12 if self.small else REDUCED_LIMIT if self.reduced else None
@@ -133,7 +173,8 @@ class Work:
 
     def fit(self, seed: int = 0) -> None:
         train, dev, neutral = self.prompts(seed)
-        settings = FitSettings(seed=seed, training=TRAINING, tuning=TUNING)
+        limit = REDUCED_TRAIN.get(self.size) if self.reduced else None
+        settings = FitSettings(seed=seed, limit=limit, training=TRAINING[self.size], tuning=TUNING[self.size])
         try:
             fit(*self.model, train, dev=dev, neutral=neutral, run_dir=self.fitted(seed), settings=settings,
                 progress=progress, command=self.command)  # fmt: skip
@@ -158,7 +199,8 @@ class Work:
     def capability(self):  # type: ignore[no-untyped-def]
         landscape = Landscape.from_pretrained(self.fitted() / "landscape")
         _, neutral = self.neutral()
-        return capability(*self.model, landscape, TASKS, out=self.run / "capability", data_dir=self.data, limit=self.limit,
+        limit = REDUCED_CHOICES if self.reduced and not self.small else self.limit
+        return capability(*self.model, landscape, TASKS, out=self.run / "capability", data_dir=self.data, limit=limit,
                           neutral=neutral, batch_size=min(self.batch, 128), progress=progress, command=self.command)  # fmt: skip
 
     def quality(self):  # type: ignore[no-untyped-def]
@@ -196,6 +238,16 @@ class Work:
                     shutil.copy(file, to)
         return self.compare(methods, folder)
 
+    def before_after(self) -> bytes:
+        """The picture of plain and steered refusals, from the rows of the comparison."""
+        rows = [
+            {**row, "set": SETS[row["suite"], row["harmful"]]}
+            for suite in SUITES
+            for name in ("none.0", "els.1")
+            for row in read_jsonl(self.run / f"compare/rows/{suite}.{name}.jsonl")
+        ]
+        return before_after_picture(by_set(rows, "els", by=("set",)), "Refused, plain and steered")
+
     def figures(self) -> list[Figure]:
         """All figures, of what the parts have left on disk."""
         model = f"{MODELS[self.size]}, {str(self.model[0].dtype).removeprefix('torch.')}"
@@ -216,6 +268,9 @@ class Work:
                 add(f"{prefix}removed{'' if part == 'all' else f'.{part}'}", value, note)
             for part, value in one.harmful_difference.items():
                 add(f"{prefix}harmful_difference{'' if part == 'all' else f'.{part}'}", value, note)
+            for part, value in (*one.benign_refused.items(), *one.harmful_refused.items()):
+                if part != "all":
+                    add(f"{prefix}steered_refused.{part}", value, note)
             for part, value in one.ahead.items():
                 add(f"{prefix}behind_els{'' if part == 'all' else f'.{part}'}", value, "removed by els less by it")
         if self.done("attacked"):
@@ -291,7 +346,8 @@ def main() -> int:
     parser.add_argument("--reduced", action="store_true", help="fewer prompts, for two cores")
     parser.add_argument("--small", action="store_true", help="few prompts, and no results: to see that it works")
     options = parser.parse_args()
-    work = Work(options)
+    work = Work(options.size, options.data_dir, options.run_dir, reduced=options.reduced, small=options.small,
+                dtype=options.dtype, batch_size=options.batch_size)  # fmt: skip
     parts = options.part or ([] if options.publish else names_of_parts())
     if options.jobs > 1:
         run_parts(work, parts, options.jobs)
@@ -307,6 +363,7 @@ def main() -> int:
     write_figures(options.results / "headline.json", figures)
     shutil.copy(work.run / "compare/frontier.png", options.results / f"frontier-{work.size}.png")
     shutil.copy(work.run / "compare/compare.md", options.results / f"compare-{work.size}.md")
+    (options.results / f"before-after-{work.size}.png").write_bytes(work.before_after())
     shipped = options.results / f"landscapes/{MODELS[work.size].split('/')[1].lower().removesuffix('-instruct')}"
     Landscape.from_pretrained(work.fitted() / "landscape").save_pretrained(shipped)
     return write_page(options.results)
