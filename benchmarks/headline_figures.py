@@ -360,7 +360,10 @@ def main() -> int:
     if work.small:
         sys.stdout.write(figures_markdown(figures))
         return 0
-    write_figures(options.results / "headline.json", figures)
+    page = options.results / "headline.json"
+    others = [one for one in read_figures(page) if not one.name.startswith(f"{work.size}.")] if page.exists() else []
+    page.unlink(missing_ok=True)  # no figure of an earlier fit stays
+    write_figures(page, [*others, *figures])
     shutil.copy(work.run / "compare/frontier.png", options.results / f"frontier-{work.size}.png")
     shutil.copy(work.run / "compare/compare.md", options.results / f"compare-{work.size}.md")
     (options.results / f"before-after-{work.size}.png").write_bytes(work.before_after())
