@@ -39,7 +39,9 @@ SETTINGS = FitSettings(
     collect=CollectSettings(full_answers=64, max_new_tokens=24),
     training=TrainingSettings(benign_weights=(4.0, 7.0, 12.0)),
     tuning=TuningSettings(
-        etas=(0.1,),
+        etas=(0.1,),  # a thousand prompts teach a shorter way than tens of thousands do
+        kl=0.04,
+        perplexity_ratio=1.08,
         tokens=16,
         bands=3,
         finalists=2,
@@ -74,8 +76,9 @@ def fast_dtype() -> torch.dtype:
 
 
 def training_prompts() -> list[Prompt]:
-    """The short starter prompts of the train split, without the closest twins, of which it takes more than minutes to learn."""
-    return [one for one in load_starter("train") if len(one.text) <= LONGEST and not one.family.startswith("twins/")]
+    """The short starter prompts of the train split, without the closest twins and the everyday ones, which take longer."""
+    rest = ("twins/", "everyday/")
+    return [one for one in load_starter("train") if len(one.text) <= LONGEST and not one.family.startswith(rest)]
 
 
 def demo(

@@ -76,7 +76,7 @@ class TrainingSettings(_Settings):
         description="Blocks whose values of the prompt's tokens tell it too whether refusing is due; 0: the last token alone.",
     )
     refine_prompts: int = Field(
-        5000,
+        10_000,
         ge=16,
         description="Training prompts that training through the model sees at most; the readers are fitted on all of them.",
     )
@@ -97,7 +97,7 @@ class TrainingSettings(_Settings):
         description="How far the counterpart of a state lies, in mean differences of the outcomes of its kind; 0: none.",
     )
     benign_weights: tuple[Annotated[float, Field(gt=0)], ...] = Field(
-        (2.5, 1.6, 4.0, 6.3, 8.0, 10.0, 13.0, 16.0),
+        (10.0, 2.5, 1.6, 4.0, 6.3, 8.0, 13.0, 16.0),
         min_length=1,
         description="Weights of the benign half of the loss to try: a higher one turns spare safety into fewer false refusals.",
     )
@@ -115,7 +115,7 @@ class TuningSettings(_Settings):
     """Choosing layers, step length, steps, gate and window on the dev prompts, under the constraints."""
 
     etas: tuple[float, ...] = Field(
-        (0.1, 0.08, 0.12),
+        (0.06, 0.05, 0.08),
         description="Lengths of a step to try, in RMS state norms, the middle one first; 0.1: as trained through the model.",
     )
     band_share: float = Field(0.25, gt=0, le=1, description="Width of the layer bands to try, as a share of the depth.")
@@ -151,8 +151,8 @@ class TuningSettings(_Settings):
         lt=1,
         description="Weighted: prompts of which the plain model refuses fewer count as if it refused this share.",
     )
-    perplexity_ratio: float = Field(1.08, description="Perplexity of steered over plain answers, at most (goal 1.10).")
-    kl: float = Field(0.04, description="KL per token on neutral prompts, nats, at most (goal 0.05).")
+    perplexity_ratio: float = Field(1.05, description="Perplexity of steered over plain answers, at most.")
+    kl: float = Field(0.02, description="KL per token on neutral prompts, nats, at most.")
     quality_prompts: int = Field(32, ge=4, description="Prompts that the plain model answers, for the perplexity.")
     quality_tokens: int = Field(40, ge=4, description="Length of those answers in tokens.")
     neutral_prompts: int = Field(24, ge=2, description="Neutral prompts for the KL.")
