@@ -67,8 +67,13 @@ def before_and_after(of_size: dict[str, Figure]) -> list[str]:
     known = [f"{words}: {write(of_size[name])}" for name, (words, write) in told.items() if name in of_size]
     if known:
         lines.append(f"Besides: {'; '.join(known)}.")
-    lost = [SETS[name] for name in SETS if name not in BENIGN and of_size[f"harmful_difference.{name}"].high < 0]
-    return lines + not_kept(lost)
+    harm = {SETS[name]: of_size[f"harmful_difference.{name}"] for name in SETS if name not in BENIGN}
+    fell = [label for label, one in harm.items() if one.value < 0 <= one.high]
+    if fell:
+        lines.append(
+            f"Fewer of {' and '.join(fell)} are refused in this sample, which may be chance: measure on prompts like your own."
+        )
+    return lines + not_kept([label for label, one in harm.items() if one.high < 0])
 
 
 def of_main(figures: dict[str, Figure]) -> list[str]:
