@@ -71,7 +71,7 @@ def before_and_after(of_size: dict[str, Figure]) -> list[str]:
     fell = [label for label, one in harm.items() if one.value < 0 <= one.high]
     if fell:
         lines.append(
-            f"Fewer of {' and '.join(fell)} are refused in this sample, which may be chance: measure on prompts like your own."
+            f"Fewer of {' and '.join(fell)} are refused here, which may be chance: measure on prompts like your own."
         )
     return lines + not_kept([label for label, one in harm.items() if one.high < 0])
 
