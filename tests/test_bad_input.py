@@ -197,7 +197,7 @@ def test_a_folder_that_is_no_landscape(here: Path, tmp_path: Path) -> None:
 # The run folder
 
 
-@pytest.mark.parametrize("file", ["states/000000.safetensors", "energy/2.5/energies.safetensors"])
+@pytest.mark.parametrize("file", ["states/000000.safetensors", "energy/10/energies.safetensors"])
 def test_a_truncated_file_of_a_run(here: Path, tmp_path: Path, file: str) -> None:
     subprocess.run(["cp", "-r", here / "run", tmp_path / "run"], check=True)
     damaged = tmp_path / "run" / file
