@@ -19,6 +19,7 @@ strengths beside the tuned one.
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import shutil
 import subprocess
@@ -193,8 +194,22 @@ class Work:
 
     def seed(self, seed: int) -> ComparisonResult:
         if not (self.fitted(seed) / "landscape").is_dir():
+            self._share_answers(seed)
             self.fit(seed)
         return self.compare(("els",), self.run / f"seed-{seed}", seed=seed, strengths=(1.0,))
+
+    def _share_answers(self, seed: int) -> None:
+        """Give another seed's fit the answers and states that the first one has; of them no seed changes any."""
+        first, other = self.fitted(), self.fitted(seed)
+        if other.exists() or not (first / "stages.json").exists():
+            return
+        half = other.with_name(f"{other.name}.half")
+        shutil.rmtree(half, ignore_errors=True)
+        shutil.copytree(
+            first, half, ignore=shutil.ignore_patterns("energy", "landscape", "frontier.*", "tmp*", ".lock", "evaluation"),
+            copy_function=lambda here, to: (os.link if here.endswith(".safetensors") else shutil.copy2)(here, to),
+        )  # fmt: skip
+        half.rename(other)
 
     def capability(self):  # type: ignore[no-untyped-def]
         landscape = Landscape.from_pretrained(self.fitted() / "landscape")
