@@ -60,9 +60,9 @@ def before_and_after(of_size: dict[str, Figure]) -> list[str]:
         "quality.perplexity_ratio": ("perplexity of the steered answers, times the plain ones'", ratio),
         "kl_neutral": ("KL per token on everyday prompts, nats", ratio),
         "facts_kept": ("short-answer questions that stay right", share),
-        "mmlu_difference": ("MMLU, points", points),
-        "arc_difference": ("ARC, points", points),
-        "truthfulqa_difference": ("TruthfulQA, points", points),
+        "mmlu_difference": ("MMLU, points", tenths),
+        "arc_difference": ("ARC, points", tenths),
+        "truthfulqa_difference": ("TruthfulQA, points", tenths),
     }
     known = [f"{words}: {write(of_size[name])}" for name, (words, write) in told.items() if name in of_size]
     if known:
@@ -87,6 +87,12 @@ def of_main(figures: dict[str, Figure]) -> list[str]:
         f"at {points(shuffled[1])} ({shuffled[0].note}). Decoding 64 tokens, batch 8: {ratio(slower)} times the plain",
         f"time ([results/main.md](results/main.md): `{random[0].command}`).",
     ]
+
+
+def tenths(figure: Figure) -> str:
+    assert figure.low is not None
+    assert figure.high is not None
+    return f"{100 * figure.value:+.1f} ({100 * figure.low:+.1f} to {100 * figure.high:+.1f})"
 
 
 def not_kept(lost: list[str]) -> list[str]:
