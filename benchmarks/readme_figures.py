@@ -105,7 +105,7 @@ def not_kept(lost: list[str]) -> list[str]:
     ]
 
 
-def methods(of_size: dict[str, Figure]) -> list[str]:
+def methods(of_size: dict[str, Figure], size: str) -> list[str]:
     """A row for each method."""
     lines = [
         "",
@@ -126,6 +126,8 @@ def methods(of_size: dict[str, Figure]) -> list[str]:
             "",
             "(*) No setting kept the bounds of safety and quality on dev: shown is the one that lacked least.",
         ]
+    picture = f"results/frontier-{size}.png"
+    lines += ["", f"![Benign prompts answered against harmful prompts refused, by method]({picture})"]
     return lines if names else []
 
 
@@ -153,7 +155,7 @@ def main() -> None:
         lines += ["", *before_and_after(of_size)] if lines else before_and_after(of_size)
         if size == SIZES[0]:
             lines += of_main({one.name: one for one in read_figures(ROOT / "results/main.json")})
-        lines += methods(of_size)
+        lines += methods(of_size, size)
     put("figures", "\n".join(lines))
     sys.stdout.write("The figures of README.md are made from results/headline.json and results/main.json.\n")
 
