@@ -37,7 +37,7 @@ SETTINGS = FitSettings(
     limit=1000,
     dev_limit=150,
     collect=CollectSettings(full_answers=64, max_new_tokens=24),
-    training=TrainingSettings(benign_weights=(4.0, 7.0, 12.0)),
+    training=TrainingSettings(benign_weights=(2.0, 1.3, 3.0)),
     tuning=TuningSettings(
         etas=(0.1,),  # a thousand prompts teach a shorter way than tens of thousands do
         kl=0.04,
