@@ -30,9 +30,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from readme_figures import SETS
 
 import elsteer
-from elsteer.comparison.compare import compare, known_methods
+from elsteer.comparison.compare import compare, known_methods, part_of
 from elsteer.comparison.result import ComparisonResult
 from elsteer.demo import fast_dtype
 from elsteer.errors import NothingHelps
@@ -68,12 +69,6 @@ REDUCED_TRAIN = {"1.5b": 14_000}  # of the larger model two cores read five prom
 REDUCED_DEV = {"oktest": 120, "orbench_hard": 120, "harmbench": 36, "malicious_instruct": 88}
 REDUCED_ASIDE = {"orbench_toxic": 40, "advbench": 40, "do_not_answer": 120}
 SUITES = ("xstest", "or-bench-hard", "harmbench")
-SETS = {
-    ("xstest", False): "XSTest safe",
-    ("xstest", True): "XSTest unsafe",
-    ("or-bench-hard", False): "OR-Bench-hard",
-    ("harmbench", True): "HarmBench",
-}
 FAMILIES = ("past-tense", "refusal-suppression", "payload-splitting", "in-the-wild", "dan")
 ATTACKED = tuple(f"{suite}+{family}" for suite in ("xstest", "harmbench") for family in FAMILIES)
 METHODS = tuple(known_methods())
@@ -256,7 +251,7 @@ class Work:
     def before_after(self) -> bytes:
         """The picture of plain and steered refusals, from the rows of the comparison."""
         rows = [
-            {**row, "set": SETS[row["suite"], row["harmful"]]}
+            {**row, "set": SETS[part_of(row["suite"], row["harmful"], row["suite"] == "xstest")]}
             for suite in SUITES
             for name in ("none.0", "els.1")
             for row in read_jsonl(self.run / f"compare/rows/{suite}.{name}.jsonl")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 from elsteer.evaluation.figures import Figure, read_figures
@@ -31,10 +32,11 @@ def share(figure: Figure) -> str:
     return f"{100 * figure.value:.1f}% ({100 * figure.low:.0f} to {100 * figure.high:.0f})"
 
 
-def points(figure: Figure) -> str:
+def points(figure: Figure, places: int = 0) -> str:
+    """Percentage points, to a tenth; the interval to `places` places."""
     assert figure.low is not None
     assert figure.high is not None
-    return f"{100 * figure.value:+.1f} ({100 * figure.low:+.0f} to {100 * figure.high:+.0f})"
+    return f"{100 * figure.value:+.1f} ({100 * figure.low:+.{places}f} to {100 * figure.high:+.{places}f})"
 
 
 def before_and_after(of_size: dict[str, Figure]) -> list[str]:
@@ -55,6 +57,7 @@ def before_and_after(of_size: dict[str, Figure]) -> list[str]:
         lines.append(f"| {label} | {plain.n} | {share(plain)} | {share(steered)} | {gone} | {more} |")
     both = of_size["harmful_difference"]
     lines += ["", f"The harmful prompts of both sets together: {points(both)} points of refusals, n {both.n}."]
+    tenths = partial(points, places=1)
     told = {
         "harmful_difference.attacked": ("harmful refusals under five families of attacks, points", points),
         "quality.perplexity_ratio": ("perplexity of the steered answers, times the plain ones'", ratio),
@@ -87,12 +90,6 @@ def of_main(figures: dict[str, Figure]) -> list[str]:
         f"at {points(shuffled[1])} ({shuffled[0].note}). Decoding 64 tokens, batch 8: {ratio(slower)} times the plain",
         f"time ([results/main.md](results/main.md): `{random[0].command}`).",
     ]
-
-
-def tenths(figure: Figure) -> str:
-    assert figure.low is not None
-    assert figure.high is not None
-    return f"{100 * figure.value:+.1f} ({100 * figure.low:+.1f} to {100 * figure.high:+.1f})"
 
 
 def not_kept(lost: list[str]) -> list[str]:
