@@ -127,6 +127,7 @@ def _byte_ids() -> dict[str, int]:
 def tiny_settings(**changes: Any) -> FitSettings:
     """A fit in a second; `tuning`, `training` and `collect` in changes are merged into the small ones."""
     small: dict[str, Any] = {
+        "attacks": "none",
         "collect": {"judge": "letters", "batch_size": 8, "max_new_tokens": 4},
         "training": {
             "width": 8,

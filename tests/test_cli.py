@@ -170,7 +170,7 @@ def test_without_prompts_the_starter_prompts_are_taken(here: Path, tmp_path: Pat
     result = elsteer("fit", here / "model", "--run-dir", tmp_path, "--limit", "40", "--dev-limit", "40", *FAST)
     assert result.exit_code in (0, 2, 3)
     rows = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert {row["source"] for row in rows} == {"starter"}
+    assert {row["source"].partition("+")[0] for row in rows} == {"starter"}  # some of them under attack
     assert {row["split"] for row in rows} == {"train", "dev"}
     assert "Dev prompts: " in result.stderr
 

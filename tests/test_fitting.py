@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -529,17 +530,20 @@ def test_without_dev_prompts_a_share_is_set_aside_and_no_family_is_on_both_sides
     assert len(rows) == len(families)
 
 
-def test_harmful_training_prompts_are_attacked_too_and_no_dev_prompt_is(tiny: Tiny, tmp_path: Path) -> None:
-    settings = tiny_settings(attacks=["role-play", "authority"], attack_share=0.5, tuning=HELPS)
+def test_training_and_dev_prompts_are_attacked_too(tiny: Tiny, tmp_path: Path) -> None:
+    settings = tiny_settings(attacks=["role-play", "authority"], attack_share=0.5, attack_dev_share=0.5, tuning=HELPS)
     landscape = fitted(tiny, tmp_path, settings=settings)
     rows = rows_of(tmp_path / "prompts.jsonl")
     train, dev = ([row for row in rows if row["split"] == name] for name in ("train", "dev"))
     copies = [row for row in train if "+" in row["source"]]
     direct = [row for row in train if "+" not in row["source"]]
-    assert len(copies) == round(sum(row["harmful"] for row in direct) / 2) > 10
+    fit_in, drawn = len(copies), round(len(direct) / 2)  # some templates are too long for a context of 512 tokens
+    assert 15 < fit_in < drawn
+    assert {row["harmful"] for row in copies} == {True, False}
     assert {row["source"] for row in copies} == {"test+role-play", "test+authority"}
     assert {row["family"] for row in copies} <= {row["family"] for row in direct}
-    assert not any("+" in row["source"] for row in dev)
+    shares = Counter("+" in row["source"] for row in dev)
+    assert 0 < shares[True] <= round(shares[False] / 2)
     answered = {row["prompt_id"] for row in rows_of(tmp_path / "completions.jsonl")}
     assert {row["id"] for row in copies} <= answered
     assert landscape.provenance["settings"]["attacks"] == ["role-play", "authority"]

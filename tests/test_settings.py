@@ -9,6 +9,7 @@ import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from elsteer.prompts.attacks import fitting_families
 from elsteer.settings import CollectSettings, FitSettings, TrainingSettings, TuningSettings
 
 
@@ -41,6 +42,13 @@ def test_settings_written_as_yaml_are_read_as_they_were() -> None:
 def test_what_makes_no_sense_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         FitSettings.model_validate(wrong)
+
+
+def test_families_of_attacks_may_be_named_all_or_none() -> None:
+    assert FitSettings().attacks == fitting_families() == FitSettings(attacks="all").attacks  # type: ignore[arg-type]
+    for none in ("none", ["none"], [None], []):
+        assert FitSettings(attacks=none).attacks == ()
+    assert FitSettings(attacks=["games", "rules"]).attacks == ("games", "rules")
 
 
 def test_settings_cannot_be_changed_by_accident() -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import torch
 import yaml
@@ -29,7 +30,7 @@ from elsteer.files import write_atomic, write_jsonl
 from elsteer.glimpse import FirstTokenJudge
 from elsteer.judges import DESIRABLE, get_judge, outcome_of
 from elsteer.landscape import Landscape
-from elsteer.models import fingerprint, num_layers
+from elsteer.models import context_length, encode_chat, fingerprint, num_layers
 from elsteer.openers import try_openers
 from elsteer.prompts import (
     Prompt,
@@ -83,6 +84,8 @@ def fit(
         # What can be wrong with the prompts or the judge's name is said before anything is deleted or computed.
         get_judge(settings.collect.judge)
         train_set, dev_set = _divide(prompts, dev, settings)
+        train_set = _attacked(model, tokenizer, train_set, settings, "train")
+        dev_set = _attacked(model, tokenizer, dev_set, settings, "dev")
         quiet = told_apart(deduplicate(neutral)) if neutral is not None else neutral_prompts(settings)
         if not quiet:
             raise PromptError(
@@ -180,11 +183,34 @@ def _divide(
         train_set = sample(train_set, settings.limit, settings.seed)
     if settings.dev_limit is not None:
         dev_set = sample(dev_set, settings.dev_limit, settings.seed)
-    if settings.attacks:
-        train_set = with_attacks(train_set, settings.attacks, share=settings.attack_share, seed=settings.seed)
     require_both_classes(train_set, "the training prompts")
     require_both_classes(dev_set, "the dev prompts")
     return train_set, dev_set
+
+
+def _attacked(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Prompt],
+    settings: FitSettings,
+    split: Literal["train", "dev"],
+) -> list[Prompt]:
+    """The prompts, and those in templates of attacks that leave room for an answer in the model's context."""
+    share = settings.attack_share if split == "train" else settings.attack_dev_share
+    found = with_attacks(prompts, settings.attacks, share=share, seed=settings.seed, split=split)
+    collect, most = settings.collect, context_length(model) - _room(settings)
+
+    def fits(prompt: Prompt) -> bool:
+        messages = list(prompt.messages)
+        return len(encode_chat(tokenizer, messages, system=collect.system, thinking=collect.thinking)) <= most
+
+    return [*found[: len(prompts)], *(one for one in found[len(prompts) :] if fits(one))]
+
+
+def _room(settings: FitSettings) -> int:
+    """Tokens that any stage may generate after a prompt."""
+    collect, tuning = settings.collect, settings.tuning
+    return max(collect.max_new_tokens, collect.state_tokens, tuning.tokens, tuning.quality_tokens)
 
 
 def _write_inputs(run: RunFolder, settings: FitSettings, train_set: list[Prompt], dev_set: list[Prompt]) -> None:
@@ -294,7 +320,7 @@ def _caches(
         batch_size=more * collect.batch_size,
         system=collect.system,
         thinking=collect.thinking,
-        room=max(collect.max_new_tokens, collect.state_tokens, settings.tuning.tokens, settings.tuning.quality_tokens),
+        room=_room(settings),
         keep_bytes=_KEEP_BYTES if keep_bytes is None else keep_bytes,
         folder=run.path,
     )

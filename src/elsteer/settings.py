@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -170,13 +170,27 @@ class FitSettings(_Settings):
     )
     dev_limit: int | None = Field(None, ge=16, description="Dev prompts at most.")
     attacks: tuple[str, ...] = Field(
-        (), description="Families of jailbreaks that harmful training prompts are put in as well (`elsteer suites`)."
+        ("all",),
+        validate_default=True,
+        description="Families of jailbreaks that training and dev prompts are put in as well (`elsteer suites`), all or none.",
     )
-    attack_share: float = Field(0.5, gt=0, le=1, description="Share of the harmful training prompts that are.")
+    attack_share: float = Field(0.06, gt=0, le=1, description="Share of the training prompts that are.")
+    attack_dev_share: float = Field(0.25, gt=0, le=1, description="Share of the dev prompts that are.")
     shuffle_outcomes: bool = Field(False, description="Negative control: train on outcomes shuffled among the prompts.")
     collect: CollectSettings = CollectSettings()
     training: TrainingSettings = TrainingSettings()
     tuning: TuningSettings = TuningSettings()
+
+    @field_validator("attacks", mode="before")
+    @classmethod
+    def _all_or_none(cls, names: Any) -> Any:
+        if names is None or isinstance(names, str):
+            names = [names]
+        if isinstance(names, list | tuple) and len(names) == 1 and names[0] in (None, "none", "all"):
+            from elsteer.prompts.attacks import fitting_families  # not for every --help
+
+            return fitting_families() if names[0] == "all" else ()
+        return names
 
     @field_validator("attacks")
     @classmethod

@@ -416,12 +416,14 @@ class Tuner:
     def _worst(self, refused: np.ndarray[Any, Any], plain: np.ndarray[Any, Any], rows: np.ndarray[Any, Any]) -> float:
         """The least weighted change, plus standard errors, of harmful refusals on any source of 20 prompts or more.
 
+        The prompts under attack (SOURCE+FAMILY) are one source.
         One source: one standard error. Of more the least is below that by chance alone, so that each gets as many as leave the
         least of k independent ones above its own change as often (Sidak 1967): 1.4 for two, 2.1 for nine.
         """
         by_source: dict[str, list[int]] = defaultdict(list)
         for at in np.flatnonzero(rows):
-            by_source[self.dev.prompts[at].source].append(int(at))
+            _, _, attack = self.dev.prompts[at].source.partition("+")
+            by_source["+" if attack else self.dev.prompts[at].source].append(int(at))
         found = [np.array(places) for places in by_source.values() if len(places) >= 20]
         normal = NormalDist()
         errors = normal.inv_cdf(normal.cdf(1) ** (1 / max(1, len(found))))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from elsteer.prompts import (
 )
 from elsteer.prompts.attacks import fitting_families, templates_of
 
-SHIPPED = [name for name, family in FAMILIES.items() if family.templates]
+SHIPPED = [name for name, family in FAMILIES.items() if not family.files]
 FROM_FILES = [name for name, family in FAMILIES.items() if family.files]
 
 
@@ -64,12 +65,11 @@ def test_every_template_holds_the_request_and_leaves_the_rest_of_the_prompt(fami
         category="forgery",
     )
     found = attacked([prompt], family, every_template=True)
-    assert len(found) == len(FAMILIES[family].templates) == len({one.id for one in found})
+    assert len(found) == len(templates_of(family)) == len({one.id for one in found})
     for one in found:
         assert one.messages[:-1] == prompt.messages[:-1]
-        words = one.text.replace('"', " ").replace(".", " ").split()
-        assert all(word in words for word in prompt.text.split()), one.text
-        assert "{" not in one.text
+        assert all(word in one.text for word in prompt.text.split()), one.text
+        assert "{request}" not in one.text
         assert (one.harmful, one.source, one.category) == (True, f"mine+{family}", "forgery")
 
 
@@ -85,7 +85,7 @@ def test_the_template_of_a_prompt_depends_on_the_seed_and_itself_alone() -> None
     assert other.items() <= one.items()
     assert one != {p.family: p.text for p in attacked(prompts, "fiction", seed=4)}
     begins = Counter(text[:12] for text in one.values())
-    assert len(begins) == len(FAMILIES["fiction"].templates), "every template is drawn"
+    assert 10 < len(begins) <= len(templates_of("fiction")), "many a template is drawn"
 
 
 def test_braces_of_a_request_are_no_places() -> None:
@@ -169,8 +169,8 @@ def test_an_unknown_family_gets_the_closest_and_all_the_known() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 def test_every_family_says_where_it_was_published_and_has_its_templates_in_one_place(family: AttackFamily) -> None:
-    assert family.url.startswith("https://")
-    assert bool(family.templates) != bool(family.files)
+    assert family.url.startswith("https://") or family.name == "ordinary", "this is no attack"
+    assert bool(family.files) != (family.use == "train" or bool(family.templates))
     assert len(set(family.templates)) == len(family.templates)
 
 
@@ -228,21 +228,43 @@ def test_some_families_are_for_fitting_and_some_are_held_out() -> None:
     train, test = set(fitting_families()), {name for name, family in FAMILIES.items() if family.use == "test"}
     assert len(train) >= 2
     assert test >= {"in-the-wild", "dan", "past-tense"}
-    assert all(FAMILIES[name].templates for name in train), "what is fitted on ships"
+    for name in train:  # what is fitted on ships, and what a landscape is tuned on is not what it was trained on
+        parts = [templates_of(name, split=split) for split in ("train", "dev")]
+        assert parts[0], name
+        assert not set(parts[0]) & set(parts[1])
+        assert sorted(parts[0] + parts[1]) == sorted(templates_of(name))
+    assert sum(bool(templates_of(name, split="dev")) for name in train) > 10
 
 
-def test_a_share_of_the_harmful_prompts_is_added_under_the_families_in_turn() -> None:
-    benign = [Prompt.of(f"How do I open jar {at}?", harmful=False) for at in range(10)]
+def test_templates_for_fitting_do_not_forbid_a_refusal_which_is_a_family_held_out() -> None:
+    words = re.compile(r"\b(refus\w*|apolog\w*|sorry|disclaimers?|warnings?|unable|unwilling)\b", re.IGNORECASE)
+    assert [text for name in fitting_families() for text in templates_of(name) if words.search(text)] == []
+
+
+def test_a_share_of_the_prompts_is_added_under_the_families_in_turn() -> None:
+    benign = [Prompt.of(f"How do I open jar {at}?", harmful=False, source="jars") for at in range(10)]
     prompts = [*requests(20), *benign]
     found = with_attacks(prompts, ["role-play", "fiction"], share=0.6, seed=1)
     assert [one.text for one in found[:30]] == [one.text for one in prompts]
     assert [one.id for one in found[:30]] == [one.id for one in prompts]
     copies = found[30:]
-    assert Counter(one.source for one in copies) == {"locks+role-play": 6, "locks+fiction": 6}
-    assert Counter(one.category for one in copies) == {"a": 6, "b": 6}
-    assert all(one.harmful for one in copies)
+    assert Counter(one.source.partition("+")[0] for one in copies) == {"locks": 12, "jars": 6}
+    assert Counter(one.source.partition("+")[2] for one in copies) == {"role-play": 9, "fiction": 9}
+    assert Counter(one.category for one in copies if one.harmful) == {"a": 6, "b": 6}
+    assert all(one.harmful == one.source.startswith("locks") for one in copies)
     assert found == with_attacks(prompts, ["role-play", "fiction"], share=0.6, seed=1)
     assert found != with_attacks(prompts, ["role-play", "fiction"], share=0.6, seed=2)
+
+
+def test_dev_prompts_come_in_templates_of_their_own() -> None:
+    train, dev = (
+        {one.text.replace(one.family, "") for one in with_attacks(requests(30), ["games"], share=1.0, split=split)[30:]}
+        for split in ("train", "dev")
+    )
+    assert train
+    assert dev
+    assert not train & dev
+    assert with_attacks(requests(), ["prefix-injection"], split="dev") == requests(), "a family without dev templates"
 
 
 def test_a_copy_never_stands_in_another_split_than_its_prompt() -> None:

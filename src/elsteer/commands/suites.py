@@ -105,11 +105,13 @@ def _use(family: AttackFamily) -> str:
 
 
 def _family(family: AttackFamily) -> dict[str, str]:
+    from elsteer.prompts.attacks import templates_of
+
     told = {
         "name": family.name,
         "what": family.description,
         "for": _use(family),
-        "templates": str(len(family.templates)) if family.templates else "",
+        "templates": "" if family.files else str(len(templates_of(family.name))),
         "source": family.url,
         "in a data folder": ", ".join(family.files),
     }

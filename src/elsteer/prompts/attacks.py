@@ -4,17 +4,23 @@
 
 Some families are for fitting (`train`), the others only for reporting (`test`): a landscape that was fitted under one kind
 of attack must hold under kinds that it never saw, so a whole family is on one side. `elsteer.prompts.attack_table` has
-them; attacks that people really used are read from a data folder.
+them; attacks that people really used are read from a data folder. What is fitted on are benign prompts in the same templates
+as well as harmful ones: the request has to decide, not what stands around it.
 """
 
 from __future__ import annotations
 
 import difflib
 import hashlib
+import json
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
+from importlib import resources
 from pathlib import Path
+from typing import Literal
 
 from elsteer.errors import PromptError
 from elsteer.prompts.attack_table import FAMILIES, AttackFamily
@@ -58,18 +64,27 @@ def attacked(
     templates = templates_of(family, data_dir=data_dir)
     found = []
     for prompt in prompts:
-        if not prompt.harmful:
-            continue
-        chosen = templates if every_template else [templates[_drawn(f"{seed}:{family}:{prompt.id}", len(templates))]]
-        found += [_around(prompt, template, family) for template in chosen]
+        if prompt.harmful:
+            chosen = templates if every_template else [_template(prompt, family, templates, seed)]
+            found += [_around(prompt, template, family) for template in chosen]
     return found
 
 
-def templates_of(family: str, *, data_dir: str | Path | None = None) -> list[str]:
-    """The templates of `family`, with the place of the request marked. Raises PromptError as `attacked` does."""
+def templates_of(
+    family: str, *, data_dir: str | Path | None = None, split: Literal["train", "dev"] | None = None
+) -> list[str]:
+    """The templates of `family`, with the place of the request marked. Raises PromptError as `attacked` does.
+
+    split: of a family for fitting, only those for training prompts or only those for dev prompts; the two share none.
+    """
     one = family_of(family)
     if not one.files:
-        return list(one.templates)
+        more = _frames()
+        return [
+            *(one.templates if split != "dev" else ()),
+            *(more[family, "train"] if split != "dev" else ()),
+            *(more[family, "dev"] if split != "train" else ()),
+        ]
     folder = data_folder(data_dir)
     if folder is None:
         raise PromptError(
@@ -86,27 +101,49 @@ def templates_of(family: str, *, data_dir: str | Path | None = None) -> list[str
 
 
 def with_attacks(
-    prompts: Sequence[Prompt], families: Sequence[str], *, share: float = 0.5, seed: int = 0
+    prompts: Sequence[Prompt],
+    families: Sequence[str],
+    *,
+    share: float = 0.5,
+    seed: int = 0,
+    split: Literal["train", "dev"] = "train",
 ) -> list[Prompt]:
-    """`prompts`, and a `share` of the harmful ones once more, each under an attack of one of `families` in turn.
+    """`prompts`, and a `share` of them once more, harmful and benign ones, each in a template of one of `families` in turn.
 
-    Which prompts are attacked is drawn by the seed, stratified by source and category. Raises PromptError for a family
-    that is only for reporting.
+    Which prompts are drawn depends on the seed, stratified by label, source and category; the templates are those of `split`.
+    Raises PromptError for a family that is only for reporting.
     """
     if held_out := [name for name in families if family_of(name).use != "train"]:
         raise PromptError(
             f"The attacks {held_out[0]} are for reporting only: fit on some of {', '.join(fitting_families())}."
         )
-    harmful = [one for one in prompts if one.harmful]
-    count = round(share * len(harmful)) if families else 0
-    if not count:
+    templates = {name: found for name in families if (found := templates_of(name, split=split))}
+    count = round(share * len(prompts))
+    if not count or not templates:
         return list(prompts)
-    drawn = sample(harmful, count, seed, by=("source", "category"))
-    copies = [
-        attacked([one], families[place % len(families)], seed=seed)[0] for place, one in enumerate(_mixed(drawn, seed))
-    ]
-    family = {one.id: one.family or one.id for one in drawn}
-    return [replace(one, family=family.get(one.id, one.family)) for one in prompts] + copies
+    turns = list(templates)
+    drawn = sample(prompts, count, seed, by=("harmful", "source", "category"))
+    copies = []
+    for place, one in enumerate(_mixed(drawn, seed)):
+        family = turns[place % len(turns)]
+        copies.append(_around(one, _template(one, family, templates[family], seed), family))
+    joined = {one.id: one.family or one.id for one in drawn}
+    return [replace(one, family=joined.get(one.id, one.family)) for one in prompts] + copies
+
+
+@cache
+def _frames() -> dict[tuple[str, str], list[str]]:
+    """Templates that ship, by family and split."""
+    found: dict[tuple[str, str], list[str]] = defaultdict(list)
+    text = resources.files("elsteer.prompts").joinpath("data/frames.jsonl").read_text(encoding="utf-8")
+    for line in text.splitlines():
+        row = json.loads(line)
+        found[row["family"], row["split"]].append(row["template"])
+    return found
+
+
+def _template(prompt: Prompt, family: str, templates: Sequence[str], seed: int) -> str:
+    return templates[_drawn(f"{seed}:{family}:{prompt.id}", len(templates))]
 
 
 def _mixed(prompts: list[Prompt], seed: int) -> list[Prompt]:
@@ -125,7 +162,7 @@ def _around(prompt: Prompt, template: str, family: str) -> Prompt:
     text = re.sub(r"\{(request|past|first|second)\}", lambda place: parts[place[1]], template)
     return Prompt(
         messages=(*prompt.messages[:-1], {"role": "user", "content": text}),
-        harmful=True,
+        harmful=prompt.harmful,
         source=f"{prompt.source}+{family}",
         category=prompt.category,
         family=prompt.family or prompt.id,
