@@ -55,7 +55,7 @@ ASIDE = {"orbench_toxic": 60, "advbench": 60, "do_not_answer": 180}  # of train.
 DEV = ("oktest", "orbench_hard", "harmbench", "malicious_instruct")
 TRAINING = {
     "0.5b": TrainingSettings(
-        refine_prompts=9600, refine_memory=12 << 30, benign_weights=(10.0, 11.5, 13.0, 14.5, 16.0)
+        refine_prompts=9600, refine_memory=12 << 30, benign_weights=(10.0, 3.0, 4.0, 5.0, 6.3, 8.0)
     ),
     "1.5b": TrainingSettings(refine_prompts=4800, refine_memory=12 << 30, benign_weights=(6.3, 4.0, 10.0, 16.0)),
 }

@@ -174,7 +174,7 @@ class FitSettings(_Settings):
         validate_default=True,
         description="Families of jailbreaks that training and dev prompts are put in as well (`elsteer suites`), all or none.",
     )
-    attack_share: float = Field(0.06, gt=0, le=1, description="Share of the training prompts that are.")
+    attack_share: float = Field(0.08, gt=0, le=1, description="Share of the training prompts that are.")
     attack_dev_share: float = Field(0.25, gt=0, le=1, description="Share of the dev prompts that are.")
     shuffle_outcomes: bool = Field(False, description="Negative control: train on outcomes shuffled among the prompts.")
     collect: CollectSettings = CollectSettings()
