@@ -241,7 +241,7 @@ def test_energies_trained_through_the_model_steer_together(tiny: Tiny, tmp_path:
     found = Landscape.from_pretrained(tmp_path / "landscape")
     assert found.rule.layers == (1, 2)
     assert all(float(found.tensors[layer]["length"]) > 0 for layer in found.rule.layers)
-    assert all(len(found.tensors[layer]["context_mean"]) == 1 for layer in found.rule.layers)  # of block 0, for 1 and 2
+    assert all(found.tensors[layer]["context_blocks"].tolist() == [0, 1] for layer in found.rule.layers)
     assert {tuple(row["trial"]["rule"]["layers"]) for row in rows_of(tmp_path / "frontier.jsonl")} == {(1, 2)}
     with found.attach(tiny[0], 1.0):
         assert not torch.equal(logits(tiny), plain)

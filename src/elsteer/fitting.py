@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import elsteer
 from elsteer.completions import Completion, PromptCaches, complete
 from elsteer.decoding import PromptBatch
-from elsteer.energy.context import contexts_of
+from elsteer.energy.context import values_of
 from elsteer.energy.refine import SteeredProducts, refine
 from elsteer.errors import NothingHelps, PromptError, RunError, SteeringError
 from elsteer.evaluation.plots import frontier_picture
@@ -39,6 +39,7 @@ from elsteer.prompts import (
     require_both_classes,
     sample,
     split_prompts,
+    under_attack,
     with_attacks,
     without_near_duplicates,
 )
@@ -129,9 +130,9 @@ class _Through:
     def device(self) -> torch.device:
         return self.caches.model.device
 
-    def contexts(self, layers: range, blocks: int) -> tuple[Tensor, Tensor]:
+    def values(self, blocks: tuple[int, int]) -> dict[int, Tensor]:
         try:
-            return contexts_of(self._batches, layers, blocks, len(self.caches.prompts))
+            return values_of(self._batches, blocks)
         except SteeringError as error:
             raise RunError(
                 "This model keeps no key-value cache that the context of a state could be read from: fit with "
@@ -293,12 +294,21 @@ def _glimpse(
 
 
 def _refined_besides(prompts: Sequence[Prompt], full: list[int], settings: FitSettings) -> list[int]:
-    """Places of the prompts that, besides those answered in full, are trained on through the model."""
+    """Places of the prompts that, besides those answered in full, are trained on through the model.
+
+    Up to a third of them are under attack: the contexts of these are what the energies learn to read (`elsteer.energy.context`).
+    """
     rest = sorted(set(range(len(prompts))) - set(full))
     most = max(0, settings.training.refine_prompts - len(full))
-    if len(rest) <= most:
-        return rest
-    chosen = {one.id for one in sample([prompts[place] for place in rest], most, settings.seed)}
+    if len(rest) <= most or not most:
+        return rest[:most]
+    groups: tuple[list[Prompt], list[Prompt]] = [], []
+    for place in rest:
+        groups[under_attack(prompts[place])].append(prompts[place])
+    direct, attacked = groups
+    third = min(len(attacked), max(most // 3, most - len(direct)))
+    parts = ((direct, most - third), (attacked, third))
+    chosen = {one.id for part, count in parts if count for one in sample(part, count, settings.seed)}
     return [place for place in rest if prompts[place].id in chosen]
 
 

@@ -71,10 +71,11 @@ class TrainingSettings(_Settings):
         description="Let training through the model change what tells whether refusing is due, beyond its offset.",
     )
     context_blocks: int = Field(
-        0,
+        4,
         ge=0,
-        description="Blocks whose values of the prompt's tokens tell it too whether refusing is due; 0: the last token alone.",
+        description="Product: blocks before the steered ones whose values of the prompt's tokens are read too; 0: none.",
     )
+    context_heads: int = Field(8, ge=1, description="Product: queries by which they are read.")
     refine_prompts: int = Field(
         10_000,
         ge=16,

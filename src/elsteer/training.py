@@ -50,8 +50,8 @@ class Through(Protocol):
         """Where the model is."""
         ...
 
-    def contexts(self, layers: range, blocks: int) -> tuple[Tensor, Tensor]:
-        """Contexts of the training prompts by place, and which are known (`elsteer.energy.context.contexts_of`)."""
+    def values(self, blocks: tuple[int, int]) -> dict[int, Tensor]:
+        """Values of the prompts' tokens, by place, in these blocks (`elsteer.energy.context.values_of`)."""
         ...
 
     def train(self, products: SteeredProducts, weight: float) -> object:
@@ -167,14 +167,12 @@ def _refined(
         products = SteeredProducts(
             energies.tensors, harm, reader=reader, sharpness=sharpness, pooled=settings.training.refine_pooled
         )
-        places = None
         if looked := min(settings.training.context_blocks, band[0]):
-            contexts, known = through.contexts(range(band[0], band[-1] + 1), looked)
-            products.see(contexts, known)
-            places = known.nonzero()[:, 0]
+            read = band[0] - looked, band[0]
+            products.see(through.values(read), read, settings.training.context_heads, seed=settings.seed)
         products.to(through.device)
         if units := settings.training.refine_units:
-            products.add_units(states, harmful, units, places=places, seed=settings.seed)
+            products.add_units(states, harmful, units, seed=settings.seed)
             # u is log-odds, so a weight shifts it; trained on even weights it tells the kinds apart better.
             products.offset.data.sub_(math.log(weight))
         products.times(settings.training.refine_gain)

@@ -35,6 +35,7 @@ from elsteer.evaluation.quality import Answer, answer_at_length, kl_to_plain, qu
 from elsteer.files import append_jsonl, read_jsonl
 from elsteer.judges import Judge
 from elsteer.landscape import Landscape
+from elsteer.prompts import under_attack
 from elsteer.run import key_of, without_nan
 from elsteer.settings import TuningSettings
 
@@ -422,8 +423,8 @@ class Tuner:
         """
         by_source: dict[str, list[int]] = defaultdict(list)
         for at in np.flatnonzero(rows):
-            _, _, attack = self.dev.prompts[at].source.partition("+")
-            by_source["+" if attack else self.dev.prompts[at].source].append(int(at))
+            prompt = self.dev.prompts[at]
+            by_source["+" if under_attack(prompt) else prompt.source].append(int(at))
         found = [np.array(places) for places in by_source.values() if len(places) >= 20]
         normal = NormalDist()
         errors = normal.inv_cdf(normal.cdf(1) ** (1 / max(1, len(found))))

@@ -220,9 +220,10 @@ def test_tensors_of_a_file_are_checked() -> None:
     check_tensors(3, drawn(8, 0, units=4, sharpness=8.0), 8)
     check_tensors(3, tensors | {"pooled": torch.tensor(1.0)}, 8)
     context = {
-        "context_weight": torch.zeros(2, 3, 5),
-        "context_mean": torch.zeros(3, 5),
-        "context_scale": torch.tensor(1.0),
+        "context_weight": torch.zeros(2, 3, 8),
+        "context_query": torch.zeros(3, 8),
+        "context_mean": torch.zeros(8),
+        "context_blocks": torch.tensor([1.0, 3.0]),
     }
     check_tensors(3, tensors | context, 8)
     for damage in (
@@ -232,12 +233,13 @@ def test_tensors_of_a_file_are_checked() -> None:
         {"sharpness": torch.tensor(8.0)},  # without the reader's row
         {"bend": torch.zeros(1)},
         {"pooled": torch.tensor(0.0)},
-        {"context_weight": torch.zeros(2, 3, 5)},
+        {"context_weight": torch.zeros(2, 3, 8)},
         context | {"context_weight": torch.zeros(2, 3, 4)},
-        context | {"context_scale": torch.tensor(0.0)},
-        context | {"context_mean": torch.zeros(15)},
-        context
-        | {"context_weight": torch.zeros(2, 4, 5), "context_mean": torch.zeros(4, 5)},  # layer 3 has 3 before it
+        context | {"context_query": torch.zeros(24)},
+        context | {"context_mean": torch.zeros(3, 8)},
+        context | {"context_blocks": torch.tensor([3.0, 3.0])},
+        context | {"context_blocks": torch.tensor([2.0, 4.0])},  # layer 3 has 3 before it
+        context | {"context_blocks": torch.tensor([0.0, 3.0])},  # 8 numbers of 3 blocks
     ):
         with pytest.raises(LandscapeError, match="layer 3"):
             check_tensors(3, tensors | damage, 8)

@@ -12,7 +12,7 @@ from transformers import CompileConfig, DynamicCache, PreTrainedModel, Quantized
 
 from elsteer.completions import PromptCaches
 from elsteer.decoding import decode, first_logits, score
-from elsteer.energy.context import contexts_of, prompt_context
+from elsteer.energy.context import prompt_context, values_of
 from elsteer.energy.descent import Descent
 from elsteer.errors import SteeringError
 from elsteer.steering import Steering
@@ -22,31 +22,47 @@ from tiny import FAMILIES, tiny_model
 
 PROMPTS = [[5, 9, 33, 71, 12], [40, 41], [7, 88, 21, 3, 3, 60, 61, 90, 14], [101]]
 PROMPT = PROMPTS[2]
-LAYER, BLOCKS = 3, 2
+LAYER, BLOCKS = 3, (1, 3)
 
 
-def plain_context(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
-    """(1, k, e): the mean of the values of the prompt's tokens but the last, from a plain pass over that prompt alone."""
+def plain_values(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
+    """(T, C): the values of the prompt's tokens but the last, from a plain pass over that prompt alone."""
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         model(torch.tensor([list(ids)]), past_key_values=cache, use_cache=True)
-    found = [cache.layers[at].values[0, :, : len(ids) - 1] for at in range(LAYER - BLOCKS, LAYER)]
-    return torch.stack([each.sum(dim=1).flatten() / max(1, len(ids) - 1) for each in found])[None]
+    found = [cache.layers[at].values[0, :, : len(ids) - 1] for at in range(*BLOCKS)]
+    return torch.cat([each.transpose(0, 1).flatten(1) for each in found], dim=1)
+
+
+def plain_context(model: PreTrainedModel, move: Descent, ids: Sequence[int]) -> Tensor:
+    """(1, H, C), query by query and token by token."""
+    values = plain_values(model, ids)
+    if not len(values):
+        return torch.zeros(1, *move.context_query.shape)
+    rows = []
+    for query in move.context_query:
+        weights = torch.stack([torch.exp(query @ value) for value in values])
+        rows.append(
+            sum(w * value for w, value in zip(weights / weights.sum(), values, strict=True)) - move.context_mean
+        )
+    return torch.stack(rows)[None]
 
 
 def reader(model: PreTrainedModel, eta: float = 0.5) -> Descent:
     """A product energy whose u is read off the context alone, so that steering follows it."""
-    shape = plain_context(model, PROMPT).shape[1:]
+    values = torch.cat([plain_values(model, one) for one in PROMPTS])
     generator = torch.Generator().manual_seed(1)
-    scale = float(torch.cat([plain_context(model, one) for one in PROMPTS]).std())
+    scale, shape = float(values.std()), (2, values.shape[1])
     tensors = {
         "weight": torch.stack([torch.zeros(32), torch.randn(32, generator=generator)]),
         "bias": torch.zeros(2),
         "mean": torch.zeros(32),
         "scale": torch.tensor(1.5),
-        "context_weight": torch.cat([torch.randn(1, *shape, generator=generator), torch.zeros(1, *shape)]),
-        "context_mean": torch.zeros(shape),
-        "context_scale": torch.tensor(4 * scale),
+        "context_weight": torch.cat([torch.randn(1, *shape, generator=generator), torch.zeros(1, *shape)])
+        / (4 * scale),
+        "context_query": torch.randn(shape, generator=generator) / (2 * scale),
+        "context_mean": values.mean(dim=0),
+        "context_blocks": torch.tensor([float(each) for each in BLOCKS]),
     }
     return Descent(tensors, eta=eta, steps=1, guard=torch.eye(32)[:, :1])
 
@@ -62,7 +78,7 @@ class Told:
 
 
 def wanted(model: PreTrainedModel, move: Descent, prompts: Sequence[Sequence[int]], window: int = 2) -> list[list[int]]:
-    return [slow_generate(model, {LAYER: Told(move, plain_context(model, p))}, p, 8, window) for p in prompts]
+    return [slow_generate(model, {LAYER: Told(move, plain_context(model, move, p))}, p, 8, window) for p in prompts]
 
 
 def made(model: PreTrainedModel, inputs: dict[str, Tensor], **options: Any) -> list[list[int]]:
@@ -75,7 +91,7 @@ def made(model: PreTrainedModel, inputs: dict[str, Tensor], **options: Any) -> l
 def test_a_batch_is_steered_as_its_rows_alone(family: str) -> None:
     model = tiny_model(family)
     move = reader(model)
-    steps = torch.cat([Told(move, plain_context(model, p)).delta(torch.zeros(1, 32)) for p in PROMPTS[:3]])
+    steps = torch.cat([Told(move, plain_context(model, move, p)).delta(torch.zeros(1, 32)) for p in PROMPTS[:3]])
     assert float((steps[0] - steps[1]).norm()) > 1e-3, "the prompts' contexts must make a difference here"
     with Steering(model, {LAYER: move}, window=2):
         assert made(model, pad(PROMPTS)) == wanted(model, move, PROMPTS)
@@ -89,7 +105,7 @@ def test_a_forward_pass_of_ones_own(side: str) -> None:
         found = model(**pad(PROMPTS, side)).logits
     for row, prompt in enumerate(PROMPTS):
         at = -1 if side == "left" else len(prompt) - 1
-        slow = slow_logits(model, {LAYER: Told(move, plain_context(model, prompt))}, prompt, len(prompt) - 1, 0)
+        slow = slow_logits(model, {LAYER: Told(move, plain_context(model, move, prompt))}, prompt, len(prompt) - 1, 0)
         torch.testing.assert_close(found[row, at], slow[-1], atol=1e-4, rtol=0)
 
 
@@ -129,7 +145,9 @@ def test_returned_sequences_and_beams_follow_their_row() -> None:
     assert best == [made_one[0] for made_one in wanted(model, move, two)]
     for row in range(6):
         prompt = two[row // 3]
-        slow = slow_logits(model, {LAYER: Told(move, plain_context(model, prompt))}, prompt, len(prompt) - 1, 0)[-1]
+        slow = slow_logits(model, {LAYER: Told(move, plain_context(model, move, prompt))}, prompt, len(prompt) - 1, 0)[
+            -1
+        ]
         torch.testing.assert_close(out.logits[0][row], slow, atol=1e-4, rtol=0)
 
 
@@ -141,15 +159,15 @@ def test_prompt_caches_and_given_ends() -> None:
     model = tiny[0]
     move = reader(model)
     for batch in caches.batches():
-        contexts, known = contexts_of([batch], [LAYER], BLOCKS, len(prompts))
-        assert known.sum() == len(batch.rows)
+        values = values_of([batch], BLOCKS)
+        assert sorted(values) == sorted(batch.rows)
         with Steering(model, {LAYER: move}, window=1) as steering:
             out = decode(model, batch, max_new_tokens=4, end_ids=set(), steering=steering)
             scored = list(score(model, batch, out.tokens, steering=steering))
         for row, place in enumerate(batch.rows):
             ids = caches.ids[place]
-            context = plain_context(model, ids)
-            torch.testing.assert_close(contexts[place], context, atol=1e-5, rtol=0)
+            context = plain_context(model, move, ids)
+            torch.testing.assert_close(values[place], plain_values(model, ids), atol=1e-5, rtol=0)
             slow = {LAYER: Told(move, context)}
             assert out.tokens[row] == slow_generate(model, slow, ids, 4, 1, ends=())
             whole = slow_logits(model, slow, [*ids, *out.tokens[row]], len(ids) - 1, 1)[len(ids) - 1 : -1]
@@ -173,7 +191,10 @@ def test_compiled() -> None:
     try:
         with Steering(runner, {LAYER: move}, window=0), torch.no_grad():
             logits = runner(**pad(PROMPTS)).logits[:, -1]
-        slow = [slow_logits(model, {LAYER: Told(move, plain_context(model, p))}, p, len(p) - 1, 0)[-1] for p in PROMPTS]
+        slow = [
+            slow_logits(model, {LAYER: Told(move, plain_context(model, move, p))}, p, len(p) - 1, 0)[-1]
+            for p in PROMPTS
+        ]
         torch.testing.assert_close(logits, torch.stack(slow), atol=1e-4, rtol=0)
     finally:
         torch.compiler.reset()
@@ -191,7 +212,7 @@ def test_without_a_cache_that_can_be_read_it_is_an_error() -> None:
     quantised = object.__new__(QuantizedCache)
     quantised.layers = [type("Layer", (), {"values": torch.zeros(1, 2, 3, 4), "_quantized_values": None})()] * 4
     with pytest.raises(SteeringError, match="no quantised"):
-        prompt_context(quantised, LAYER, BLOCKS, torch.ones(1, 3, dtype=torch.bool))
+        prompt_context(quantised, BLOCKS, torch.ones(1, 3, dtype=torch.bool), move.context_query, move.context_mean)
 
 
 def test_a_row_of_one_token_has_no_context() -> None:
@@ -199,5 +220,7 @@ def test_a_row_of_one_token_has_no_context() -> None:
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         model(torch.tensor([[101, 3]]), past_key_values=cache)
-    found = prompt_context(cache, LAYER, BLOCKS, torch.zeros(1, 0, dtype=torch.bool))
-    assert torch.equal(found, torch.zeros_like(found))
+    move = reader(model)
+    for columns in (torch.zeros(1, 0, dtype=torch.bool), torch.zeros(1, 2, dtype=torch.bool)):
+        found = prompt_context(cache, BLOCKS, columns, move.context_query, move.context_mean)
+        assert torch.equal(found, torch.zeros(1, *move.context_query.shape))

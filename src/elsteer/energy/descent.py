@@ -42,7 +42,8 @@ class Descent(nn.Module):
     where there is one (energies trained through the model have it, `elsteer.energy.refine`); steps: K.
     gate: tau, rows at or below it stay; None moves every row.
     pooled: whether a step wants u from outside, the mean of `due` over the steered blocks up to this one.
-    context_blocks: k, of how many blocks before this one the context is read (`elsteer.energy.context`); 0: of none.
+    context_blocks: (first, stop) of the blocks whose values the context is read from, by context_query (H, C) and around
+    context_mean (C,) (`elsteer.energy.context`); None: there is none.
     """
 
     down: Tensor
@@ -50,6 +51,7 @@ class Descent(nn.Module):
     up: Tensor
     gram: Tensor
     look: Tensor
+    context_query: Tensor
     context_mean: Tensor
 
     def __init__(
@@ -75,12 +77,13 @@ class Descent(nn.Module):
         self.register_buffer("shift", shift.float())
         self.register_buffer("up", guarded[rows].float())
         self.register_buffer("gram", (guarded[rows] @ guarded.T).float())
-        self.context_blocks = 0
+        self.context_blocks: tuple[int, int] | None = None
         if "context_weight" in tensors:
-            look = tensors["context_weight"].double() / tensors["context_scale"].double()
-            self.context_blocks = look.shape[1]
-            self.register_buffer("look", look.flatten(1).float())
-            self.register_buffer("context_mean", tensors["context_mean"].float().clone())
+            first, stop = tensors["context_blocks"].tolist()
+            self.context_blocks = int(first), int(stop)
+            self.register_buffer("look", tensors["context_weight"].flatten(1).float().clone())
+            for name in ("context_query", "context_mean"):
+                self.register_buffer(name, tensors[name].float().clone())
         self.pooled = self.held and "pooled" in tensors
         rest = {
             "weight",
@@ -89,8 +92,9 @@ class Descent(nn.Module):
             "scale",
             "length",
             "context_weight",
+            "context_query",
             "context_mean",
-            "context_scale",
+            "context_blocks",
             "pooled",
         }
         self._names = [name for name in tensors if name not in rest]
@@ -104,7 +108,7 @@ class Descent(nn.Module):
         return {name: getattr(self, _flat(name)) for name in self._names}
 
     def energy(self, states: Tensor, context: Tensor | None = None) -> Tensor:
-        """Energies (n,) of states (n, d) in their context (n, k, e), the average one by default."""
+        """Energies (n,) of states (n, d) in their context (n, H, C), zeros by default."""
         return energy_of(self._head(), self._z(states, context))
 
     def due(self, states: Tensor, context: Tensor | None = None) -> Tensor:
@@ -120,7 +124,7 @@ class Descent(nn.Module):
     ) -> Tensor:
         """What to add to states (n, d), float32; strength: one number or (n,), multiplies eta.
 
-        context: (n, k, e), the average one by default; where `context_blocks` is 0 there is none. due: (n,), goes for u,
+        context: (n, H, C), zeros by default; where `context_blocks` is None there is none. due: (n,), goes for u,
         this block's own by default.
         """
         return self._total(states, strength, context, due=due).neg() @ self.up
@@ -135,7 +139,7 @@ class Descent(nn.Module):
     def _z(self, states: Tensor, context: Tensor | None) -> Tensor:
         z = torch.addmm(self.shift, states.float(), self.down.T)
         if context is not None and self.context_blocks:
-            z = z + (context.float() - self.context_mean).flatten(1) @ self.look.T
+            z = z + context.float().flatten(1) @ self.look.T
         return z
 
     def _total(

@@ -25,8 +25,9 @@ itself, as a picture shows it, is that of the block's own u.
 
 Shapes: L layers, N states, d = hidden size. The tensors of one layer: weight (2 + m, d) with rows a, c and those of W, bias
 (2 + m,) with b, e and s, bend (m,) with r (absent where m = 0), mean (d,), scale (); with a reader also sharpness () with k,
-and a last row of weight and bias for the reader, d and f; with a context of k blocks and e numbers of each also context_weight
-(rows of weight, k, e), context_mean (k, e), context_scale (); the mark pooled (), 1. That there is no `read_out` tells them
+and a last row of weight and bias for the reader, d and f; with a context also context_weight
+(rows of weight, H, C), context_query (H, C), context_mean (C,), context_blocks (2,) with first and stop; the
+mark pooled (), 1. That there is no `read_out` tells them
 from those of `EnergyModels`.
 """
 

@@ -17,9 +17,10 @@ The gradient reaches, through the blocks after them, the direction c (does the m
 of the step, and the offset b of u (is refusing due), of every steered block. No weight of the model is touched.
 
 Whether refusing is due is what a state tells worst: prompts that differ by a word differ little. So u gets `refine_units` hidden
-units first, u = a.x + b + r.silu(W x + s), and on request sees the context of the state (`elsteer.energy.context`): x is then
-followed by y. Both are trained on stored states and contexts alone to tell harmful from benign prompts (`SteeredProducts.see`,
-`add_units`), by logistic loss with the two kinds weighing the same; the weight of the benign half then shifts b by its log.
+units first, u = a.x + b + r.silu(W x + s), and sees the context of the state (`elsteer.energy.context`): x is then followed by
+it. All are trained on stored states and values alone to tell harmful from benign prompts (`SteeredProducts.see`,
+`add_units`), queries included, by logistic loss with the two kinds weighing the same; the weight of the benign half then
+shifts b by its log.
 Steps go by the mean of u over the steered blocks up to their own (`refine_pooled`; `elsteer.energy.product`), and these means
 are what is trained then.
 Then u is multiplied by `refine_gain`, so that fewer steps are too short to change the verdict, and left alone, its offset
@@ -45,6 +46,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from elsteer.decoding import PromptBatch, first_logits, plain_model
+from elsteer.energy.context import attend
 from elsteer.energy.product import need, verdict_means, verdict_row
 from elsteer.energy.schedule import one_cycle
 from elsteer.errors import RunError
@@ -58,6 +60,7 @@ _TOKENS = 256  # of the plain distribution, the likeliest; the rest counts as on
 _SHARPNESS = 4
 _LEAST = 1e-3  # of w and 1 - w
 _UNITS_RATE, _UNITS_BATCH = 2e-3, 128
+_DROPPED = 0.2  # share of a context's numbers that are left out while u is trained
 
 
 class SteeredProducts(nn.Module):
@@ -73,7 +76,8 @@ class SteeredProducts(nn.Module):
     scale: Tensor
     harm: Tensor
     read_length: Tensor
-    contexts: Tensor
+    context_mean: Tensor
+    context_scale: Tensor
 
     def __init__(
         self,
@@ -87,7 +91,8 @@ class SteeredProducts(nn.Module):
     ) -> None:
         super().__init__()
         self.sharpness, self.pooled = sharpness, pooled
-        self._context: tuple[Tensor, Tensor] | None = None  # mean (L, k, e) and scale (L,)
+        self._values: dict[int, Tensor] | None = None  # by place, (T, C)
+        self._blocks = 0, 0
         self.layers = sorted(tensors)
         names = ("weight", "bias", "mean", "scale")
         weight, bias, mean, scale = (torch.stack([tensors[at][name].float() for at in self.layers]) for name in names)
@@ -113,15 +118,39 @@ class SteeredProducts(nn.Module):
             self.read_offset = nn.Parameter(reader[1].float().clone())  # f
 
     @torch.no_grad()
-    def see(self, contexts: Tensor, known: Tensor) -> None:
-        """Let u read contexts (n, L, k, e), of the prompts by place, too; known: (n,) bool, of which they are there."""
-        flat, size = contexts.flatten(2), contexts[0, 0].numel()
-        mean = flat[known].mean(dim=0)
-        scale = (flat[known] - mean).square().mean(dim=(0, 2)).sqrt().clamp_min(1e-12)
-        self._context = mean.view(contexts.shape[1:]), scale
-        self.contexts = (flat - mean) / scale[:, None]
+    def see(self, values: Mapping[int, Tensor], blocks: tuple[int, int], heads: int, *, seed: int = 0) -> None:
+        """Let u read contexts by `heads` queries, of prompts' values (T, C) by place, of the blocks (first, stop).
+
+        Of other places the context is unknown and counts as zeros. The queries begin near 0, where they take the mean.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        drawn = sorted(values)[:: 1 + len(values) // 4000]
+        some = torch.cat([values[place] for place in drawn]).float()
+        self._values, self._blocks = dict(values), blocks
+        self.register_buffer("context_mean", some.mean(dim=0))
+        self.register_buffer("context_scale", some.std(dim=0).clamp_min(1e-6))
+        width = some.shape[1]
+        self.query = nn.Parameter(0.02 * torch.randn(heads, width, generator=generator))  # of standardised values
+        size = heads * width
         self.due = nn.Parameter(torch.cat([self.due, self.due.new_zeros(len(self.layers), size)], dim=1))
         self.units = nn.Parameter(torch.cat([self.units, self.units.new_zeros(*self.units.shape[:2], size)], dim=2))
+
+    def contexts(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Of prompts by place: which rows have a known context, (K,), and these contexts, standardised, (K, H * C).
+
+        Differentiable by the queries.
+        """
+        assert self._values is not None
+        device = self.query.device
+        known = [(row, self._values[place]) for row, place in enumerate(places.tolist()) if place in self._values]
+        rows = torch.tensor([row for row, _ in known], dtype=torch.int64, device=device)
+        if not known:
+            return rows, torch.zeros(0, self.query.numel(), device=device)
+        values = nn.utils.rnn.pad_sequence([each for _, each in known], batch_first=True).to(device).float()
+        lengths = torch.tensor([len(each) for _, each in known], device=device)
+        kept = torch.arange(values.shape[1], device=device) < lengths[:, None]
+        values = (values - self.context_mean) / self.context_scale
+        return rows, attend(values, kept, self.query, torch.zeros_like(self.context_mean)).flatten(1)
 
     def directions(self) -> Tensor:
         """(L, d) unit vectors along P c: what a step goes along."""
@@ -154,6 +183,8 @@ class SteeredProducts(nn.Module):
         self.thresholds = nn.Parameter(torch.zeros(count, units, device=device))
         self.bend = nn.Parameter((0.1 * torch.randn(count, units, generator=generator) / math.sqrt(units)).to(device))
         matrices, offsets = [self.units, self.due, self.bend], [self.thresholds, self.offset]
+        if self._values is not None:
+            matrices.append(self.query)
         optimiser = torch.optim.AdamW(
             [{"params": matrices, "weight_decay": 0.1}, {"params": offsets, "weight_decay": 0.0}], lr=_UNITS_RATE
         )
@@ -168,7 +199,7 @@ class SteeredProducts(nn.Module):
                 rows = order[start : start + _UNITS_BATCH]
                 with torch.enable_grad():
                     x = (states[rows].to(device).float() - self.mean) / self.scale[:, None]
-                    u = self._due(x if self._context is None else torch.cat([x, self.contexts[rows].to(device)], dim=2))
+                    u = self._due(x, None if self._values is None else self._thinned(*self.contexts(rows), generator))
                     u = self._mean_so_far(u) if self.pooled else u
                     wanted = harmful[rows].to(u)[:, None].expand_as(u)
                     each = nn.functional.binary_cross_entropy_with_logits(u, wanted, reduction="none")
@@ -179,6 +210,12 @@ class SteeredProducts(nn.Module):
                 schedule.step()
             if progress is not None:
                 progress(epoch + 1, epochs)
+
+    @staticmethod
+    def _thinned(rows: Tensor, contexts: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Contexts without a share of their numbers, left out by chance."""
+        kept = torch.rand(contexts.shape, generator=generator).to(contexts.device) >= _DROPPED
+        return rows, contexts * kept / (1 - _DROPPED)
 
     @torch.no_grad()
     def times(self, gain: float) -> None:
@@ -191,18 +228,26 @@ class SteeredProducts(nn.Module):
         """Of u (n, L), for each layer the mean over the layers up to it."""
         return u.cumsum(dim=1) / torch.arange(1, u.shape[1] + 1, device=u.device)
 
-    def _due(self, x: Tensor) -> Tensor:
-        """u (n, L) of standardised states x (n, L, d)."""
-        rows = x.transpose(0, 1)
-        inside = torch.baddbmm(self.thresholds[:, None], rows, self.units.transpose(1, 2))
-        bent = torch.einsum("lnm,lm->nl", nn.functional.silu(inside), self.bend)
-        return torch.einsum("nld,ld->nl", x, self.due) + self.offset + bent
+    def _due(self, x: Tensor, beside: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """u (n, L) of standardised states x (n, L, d); beside: the contexts of some rows, as `contexts` gives them."""
+        size = self.mean.shape[1]
+        inside = torch.baddbmm(self.thresholds[:, None], x.transpose(0, 1), self.units[:, :, :size].transpose(1, 2))
+        straight = torch.einsum("nld,ld->nl", x, self.due[:, :size]) + self.offset
+        if beside is not None:
+            rows, contexts = beside
+            inside = inside.index_add(1, rows, torch.einsum("kc,lmc->lkm", contexts, self.units[:, :, size:]))
+            straight = straight.index_add(0, rows, contexts @ self.due[:, size:].T)
+        return straight + torch.einsum("lnm,lm->nl", nn.functional.silu(inside), self.bend)
 
     def moves(self, places: Tensor | None = None) -> dict[int, Callable[[Tensor], Tensor]]:
         """By layer, states (B, d) to what is added to them, differentiable; on the states' device.
 
-        places: (B,) of the states' prompts, where u reads their contexts.
+        places: (B,) of the states' prompts, where u reads their contexts (of zeros by default).
         """
+        contexts: Tensor | None = None
+        if self._values is not None and places is not None:
+            rows, known = self.contexts(places)
+            contexts = known.new_zeros(len(places), known.shape[1]).index_copy(0, rows, known).detach()
         steps = (self.log_length.exp() * self.scale * self.unit)[:, None] * self.directions()
         self.pushes = []
         dues: list[Tensor] = []  # of the blocks so far
@@ -215,7 +260,8 @@ class SteeredProducts(nn.Module):
                 mean, scale, due, offset, step = (part.to(states.device) for part in parts)
                 units, thresholds, bend = (part.to(states.device) for part in more)
                 x = (states.float() - mean) / scale
-                seen = x if self._context is None else torch.cat([x, self.contexts[places, at].to(x)], dim=1)
+                seen = x if contexts is None else torch.cat([x, contexts.to(x)], dim=1)
+                due, units = due[: seen.shape[1]], units[:, : seen.shape[1]]
                 u = seen @ due + offset + nn.functional.silu(seen @ units.T + thresholds) @ bend
                 dues.append(u)
                 if self.pooled:
@@ -265,12 +311,12 @@ class SteeredProducts(nn.Module):
                 found[layer]["pooled"] = torch.tensor(1.0)
             if self.sharpness:
                 found[layer]["sharpness"] = torch.tensor(float(self.sharpness))
-            if self._context is not None:
-                seen, scale = (part[at].clone() for part in self._context)
+            if self._values is not None:
                 found[layer] |= {
-                    "context_weight": more.reshape(len(more), *seen.shape).clone(),
-                    "context_mean": seen,
-                    "context_scale": scale,
+                    "context_weight": more.reshape(len(more), *self.query.shape) / self.context_scale,
+                    "context_query": self.query / self.context_scale,
+                    "context_mean": self.context_mean.clone(),
+                    "context_blocks": torch.tensor([float(each) for each in self._blocks]),
                 }
         return found
 

@@ -27,7 +27,7 @@ def check_tensors(layer: int, tensors: dict[str, Tensor], hidden_size: int) -> N
     }
     if "norm_weight" in tensors or "norm_bias" in tensors:
         wanted |= {"norm_weight": (width,), "norm_bias": (width,)}
-    context = {"context_weight", "context_mean", "context_scale"}
+    context = {"context_weight", "context_query", "context_mean", "context_blocks"}
     more = {"length", "bend", "sharpness", "pooled"}
     product = "read_out" not in tensors and tensors.keys() <= wanted.keys() | context | more
     rows = 3 if "sharpness" in tensors else 2  # besides those of the hidden units
@@ -35,11 +35,18 @@ def check_tensors(layer: int, tensors: dict[str, Tensor], hidden_size: int) -> N
     if product:
         wanted |= {name: () for name in ("length", "sharpness", "pooled") if name in tensors}
     if product and context & tensors.keys():
-        blocks = tuple(tensors["context_mean"].shape) if "context_mean" in tensors else ()
-        wanted |= {"context_weight": (width, *blocks), "context_mean": blocks, "context_scale": ()}
-        if len(blocks) != 2 or not 0 < blocks[0] <= layer:
+        query = tuple(tensors["context_query"].shape) if "context_query" in tensors else ()
+        if len(query) != 2:
             raise LandscapeError(
-                f"The energy model of layer {layer} reads a context of {blocks}, not of 1 to {layer} blocks."
+                f"The energy model of layer {layer} reads a context by queries of {query}, not (H, C)."
+            )
+        wanted |= {"context_query": query, "context_weight": (width, *query), "context_mean": query[1:]}
+        wanted["context_blocks"] = (2,)
+        blocks = tensors.get("context_blocks", torch.zeros(0))
+        first, stop = blocks.tolist() if blocks.shape == (2,) else (0, 0)
+        if not 0 <= first < stop <= layer or query[1] % int(stop - first):
+            raise LandscapeError(
+                f"The energy model of layer {layer} reads a context of blocks {first:g} to {stop:g}, which do not lie before it."
             )
     if product and "bend" in tensors:
         wanted["bend"] = (width - rows,)
@@ -56,7 +63,7 @@ def check_tensors(layer: int, tensors: dict[str, Tensor], hidden_size: int) -> N
             expected = wanted.get(name, "no such tensor")
             raise LandscapeError(f"The energy model of layer {layer} does not fit: {name} is {shape}, not {expected}.")
         _check_finite(f"{name} of layer {layer}", tensors[name])
-    for name in ("scale", "length", "sharpness", "context_scale", "pooled"):
+    for name in ("scale", "length", "sharpness", "pooled"):
         if name in tensors and not float(tensors[name]) > 0:
             raise LandscapeError(f"The energy model of layer {layer} has a {name} that is not above 0.")
 

@@ -1,7 +1,7 @@
 """Prompt sets: reading, checking, splitting without leakage, the starter prompts and the named benchmarks and jailbreaks."""
 
 from elsteer.prompts.attack_table import FAMILIES, AttackFamily
-from elsteer.prompts.attacks import attacked, with_attacks
+from elsteer.prompts.attacks import attacked, under_attack, with_attacks
 from elsteer.prompts.prompt import Prompt
 from elsteer.prompts.read import MAX_CHARS, read_prompts
 from elsteer.prompts.split import (
@@ -35,6 +35,7 @@ __all__ = [
     "sample",
     "split_prompts",
     "suite_name",
+    "under_attack",
     "with_attacks",
     "without_near_duplicates",
 ]

@@ -29,7 +29,7 @@ from elsteer.prompts.formats import file_rows
 from elsteer.prompts.prompt import Prompt
 from elsteer.prompts.split import sample
 
-__all__ = ["attacked", "family_of", "fitting_families", "templates_of", "with_attacks"]
+__all__ = ["attacked", "family_of", "fitting_families", "templates_of", "under_attack", "with_attacks"]
 
 
 def fitting_families() -> tuple[str, ...]:
@@ -44,6 +44,11 @@ def family_of(name: str) -> AttackFamily:
     close = difflib.get_close_matches(name.lower().replace("_", "-"), FAMILIES, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
     raise PromptError(f"There is no family of attacks {name!r}: {hint}Known are {', '.join(FAMILIES)}.")
+
+
+def under_attack(prompt: Prompt) -> bool:
+    """Whether the prompt stands in a template of some family, as `attacked` and `with_attacks` make them."""
+    return prompt.source.rpartition("+")[2] in FAMILIES and "+" in prompt.source
 
 
 def attacked(

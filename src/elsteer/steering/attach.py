@@ -39,8 +39,9 @@ _PAGED = ("generate_batch", "init_continuous_batching", "continuous_batching_con
 class Move(Protocol):
     """What moves the states of one layer: states (n, d) and strength (a number or (n,)) to what is added, (n, d) float32.
 
-    One with an attribute `context_blocks` above 0 is given the states' contexts (n, k, e) as a third argument
-    (`elsteer.energy.context`), which needs the key-value cache. One with a true attribute `pooled` has a method
+    One with an attribute `context_blocks` that is not None is given the states' contexts (n, H, C) as a third argument
+    (`elsteer.energy.context`), by its `context_query` and `context_mean`, which needs the key-value cache.
+    One with a true attribute `pooled` has a method
     `due(states, context)` to (n,), and is given its mean over the steered blocks up to its own as `due`
     (`elsteer.energy.product`).
     """
@@ -87,7 +88,7 @@ class Steering:
             None  # (rows of the inputs, prompt columns but the last) where `generate` knows them
         )
         self._columns: Tensor | None = None  # (B, C) cache columns of the prompts' tokens before their last one
-        self._reads = any(_context_blocks(move) for move in self._moves.values())
+        self._reads = any(_context_blocks(move) is not None for move in self._moves.values())
         self._dues: tuple[Tensor, int] | None = None  # in this pass, the sum of `due` and over how many blocks
         self._past = False  # known inside `generate`: each pass of one token from here on is past the window
         self._given: tuple[Tensor, Tensor | None] | None = None  # lengths and rows told by `prompts`
@@ -352,7 +353,7 @@ class Steering:
             if self._active is None and self._where is None:
                 return None
             hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-            context = self._context(at, move, args, kwargs) if self._reads else None
+            context = self._context(move, args, kwargs) if self._reads else None
             moved = self._moved(move, hidden, context, device or hidden.device)
             if args:
                 return (moved, *args[1:]), kwargs
@@ -361,13 +362,14 @@ class Steering:
         return steer
 
     @torch.no_grad()
-    def _context(self, at: int, move: Move, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-        """(B, k, e) contexts of the rows at block `at`, where the move reads them."""
-        if not (blocks := _context_blocks(move)):
+    def _context(self, move: Move, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """(B, H, C) contexts of the rows, where the move reads them."""
+        if (blocks := _context_blocks(move)) is None:
             return None
         cache = next((arg for arg in (*kwargs.values(), *args) if hasattr(arg, "get_seq_length")), None)
         assert self._columns is not None
-        return prompt_context(cache, at, blocks, self._columns)
+        query, mean = move.context_query, move.context_mean  # type: ignore[attr-defined]
+        return prompt_context(cache, blocks, self._columns, query, mean)
 
     @torch.no_grad()
     def _moved(self, move: Move, hidden: Tensor, context: Tensor | None, device: torch.device) -> Tensor:
@@ -466,8 +468,8 @@ def _last_real(position: Tensor, real: Tensor, buffer: Tensor | None) -> Tensor:
     return buffer.copy_(found)
 
 
-def _context_blocks(move: Move) -> int:
-    return int(getattr(move, "context_blocks", 0))
+def _context_blocks(move: Move) -> tuple[int, int] | None:
+    return getattr(move, "context_blocks", None)
 
 
 def _columns_before(mask: Any, start: Tensor, rows: int, count: int, device: torch.device) -> Tensor:
