@@ -367,7 +367,7 @@ def test_ctrl_c_that_a_library_makes_an_error_of() -> None:
 
 def test_ctrl_c_in_every_stage_of_fit_loses_no_finished_row(here: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    words = ["fit", *_both(here), "--run-dir", run, *FAST, "--training-refine-epochs", "60"]
+    words = ["fit", *_both(here), "--run-dir", run, *FAST, "--training-refine-epochs", "60", "--attacks", "none"]
     stages: list[Callable[[str], bool]] = [
         lambda said: "Loading" in said,
         lambda said: 0 < len(_rows(run / "completions.jsonl")) < 106,

@@ -88,13 +88,13 @@ def test_rows_are_complete_paired_and_on_disk(tiny: Tiny, landscape: Landscape, 
 def test_a_file_is_measured_directly_and_under_attack(
     tiny: Tiny, landscape: Landscape, suite: Path, tmp_path: Path
 ) -> None:
-    suites: list[Any] = [suite, f"{suite}+role-play"]
+    suites: list[Any] = [suite, f"{suite}+prefix-injection"]
     found = evaluated(tiny, [landscape], suites, tmp_path / "run", quality=False)
-    under = rows_of(tmp_path / "run/evaluation/mine+role-play.els.jsonl")
+    under = rows_of(tmp_path / "run/evaluation/mine+prefix-injection.els.jsonl")
     harmful = [prompt for prompt in PROMPTS if prompt.harmful]
     assert len(under) == len(harmful)
     assert all(any(prompt.text in row["prompt"] != prompt.text for prompt in harmful) for row in under)
-    assert {one.name for one in found.comparisons()["suite"] if one.harmful} == {"mine", "mine+role-play"}
+    assert {one.name for one in found.comparisons()["suite"] if one.harmful} == {"mine", "mine+prefix-injection"}
 
 
 def test_the_answers_are_those_of_generate(tiny: Tiny, landscape: Landscape, suite: Path, tmp_path: Path) -> None:

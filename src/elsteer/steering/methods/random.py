@@ -30,6 +30,16 @@ class RandomMove(nn.Module):
         drawn = torch.randn(descent.down.shape[1], generator=generator, dtype=torch.float64)
         self.register_buffer("direction", (drawn / drawn.norm()).float().to(descent.down.device))
 
+    @property
+    def context_query(self) -> Tensor:
+        """That of `descent`."""
+        return self.descent.context_query
+
+    @property
+    def context_mean(self) -> Tensor:
+        """That of `descent`."""
+        return self.descent.context_mean
+
     def due(self, states: Tensor, context: Tensor | None = None) -> Tensor:
         """As of `descent`."""
         return self.descent.due(states, context)
