@@ -134,8 +134,11 @@ def rows_of(path: Path) -> list[dict[str, object]]:
 
 
 def test_the_run_folder_is_whole(landscape: Landscape, run_dir: Path) -> None:
-    assert {row["prompt_id"] for row in rows_of(run_dir / "completions.jsonl")} == {prompt.id for prompt in TRAIN}
-    assert {row["prompt_id"] for row in rows_of(run_dir / "dev.jsonl")} == {prompt.id for prompt in DEV}
+    for name, split, given in (("completions", "train", TRAIN), ("dev", "dev", DEV)):
+        rows = [row for row in rows_of(run_dir / "prompts.jsonl") if row["split"] == split]
+        assert {row["id"] for row in rows if "+" not in row["source"]} == {prompt.id for prompt in given}
+        assert {row["id"] for row in rows} == {row["prompt_id"] for row in rows_of(run_dir / f"{name}.jsonl")}
+        assert any("+" in row["source"] for row in rows), "some are under attack"
     assert {row["label"] for row in rows_of(run_dir / "completions.jsonl")} >= {"refusal", "compliance"}
     assert rows_of(run_dir / "frontier.jsonl")
     assert (run_dir / "frontier.png").exists()
@@ -143,7 +146,7 @@ def test_the_run_folder_is_whole(landscape: Landscape, run_dir: Path) -> None:
     assert (landscape.fingerprint.num_layers, landscape.fingerprint.hidden_size) == (24, 896)
     assert landscape.rule.layers == tuple(range(12, 22))  # trained through the model, so they steer together
     assert all("length" in tensors for tensors in landscape.tensors.values())
-    assert len(TRAIN) / 2 < sum(landscape.provenance["outcomes"].values()) <= len(TRAIN)
+    assert len(TRAIN) / 2 < sum(landscape.provenance["outcomes"].values()) <= 1.08 * len(TRAIN)
 
 
 def test_fitted_again_nothing_is_computed_anew(fast: Real, landscape: Landscape, run_dir: Path) -> None:
