@@ -214,6 +214,18 @@ def steered_by_autograd(model: PreTrainedModel, landscape: Landscape) -> Iterato
     """Steering once more as its text says it: gradients of the energy on the state itself, the prompt's last token alone."""
     rule, handles = landscape.rule, []
     dues: list[torch.Tensor] = []  # of the steered blocks so far
+    values: dict[int, torch.Tensor] = {}  # by block, (tokens, numbers) of this pass
+
+    def watch(at: int) -> Any:
+        return lambda _module, _args, output: values.__setitem__(at, output[0].detach())
+
+    def context(named: dict[str, torch.Tensor]) -> torch.Tensor:
+        first, stop = named["context_blocks"].int().tolist()
+        tokens = torch.cat([values[at][:-1] for at in range(first, stop)], dim=1).float()
+        rows = [
+            torch.softmax(tokens @ query, dim=0) @ tokens - named["context_mean"] for query in named["context_query"]
+        ]
+        return torch.cat(rows)
 
     def hook(layer: int) -> Any:
         named, guard = landscape.tensors[layer], landscape.guards[layer]
@@ -225,12 +237,13 @@ def steered_by_autograd(model: PreTrainedModel, landscape: Landscape) -> Iterato
                 return None  # a generated token
             with torch.inference_mode(False), torch.enable_grad():
                 state = hidden[0, -1].detach().clone()
+                read = named["context_weight"].flatten(1) @ context(named)
                 length = rule.eta * float(named["length"]) * float(named["scale"]) * len(state) ** 0.5
                 for _ in range(rule.steps):
                     state = state.detach().requires_grad_()
                     x = (state - named["mean"]) / named["scale"]
-                    due = a @ x + named["bias"][0]
-                    due = due + named["bend"] @ torch.nn.functional.silu(units @ x + named["bias"][2:-1])
+                    due = a @ x + named["bias"][0] + read[0]
+                    due = due + named["bend"] @ torch.nn.functional.silu(units @ x + named["bias"][2:-1] + read[2:-1])
                     v = c @ x + named["bias"][1]
                     (slope,) = torch.autograd.grad(v, state)
                     slope = slope - guard @ (guard.T @ slope)  # of v; u and r are held: E's is -tanh(u) g times that
@@ -245,6 +258,8 @@ def steered_by_autograd(model: PreTrainedModel, landscape: Landscape) -> Iterato
 
         return steer
 
+    for at in range(rule.layers[0]):
+        handles.append(decoder_blocks(model)[at].self_attn.v_proj.register_forward_hook(watch(at)))
     for layer in rule.layers:
         handles.append(decoder_blocks(model)[layer].register_forward_pre_hook(hook(layer), with_kwargs=True))
     try:
