@@ -65,9 +65,10 @@ TUNING = {
     "1.5b": TuningSettings(etas=(0.064, 0.05, 0.08), **BOUNDS),
 }
 # Of `--reduced`: dev prompts, by the start of their source.
-REDUCED_DEV_STARTER, REDUCED_DEV_PAST, REDUCED_LIMIT, REDUCED_ATTACKED, REDUCED_CHOICES = 300, 120, 450, 120, 1200
+REDUCED_LIMIT, REDUCED_ATTACKED, REDUCED_CHOICES = 450, 120, 1200
 REDUCED_TRAIN = {"1.5b": 14_000}  # of the larger model two cores read five prompts a second
 REDUCED_DEV = {"oktest": 120, "orbench_hard": 120, "harmbench": 36, "malicious_instruct": 88}
+REDUCED_STARTER = {"starter": 300, "starter-past": 120}
 REDUCED_ASIDE = {"orbench_toxic": 40, "advbench": 40, "do_not_answer": 120}
 SUITES = ("xstest", "or-bench-hard", "harmbench")
 FAMILIES = ("past-tense", "refusal-suppression", "payload-splitting", "in-the-wild", "dan")
@@ -149,16 +150,17 @@ class Work:
         aside = draw(train_rows, ASIDE, 0, set())
         held = {one.id for one in aside}
         train = [one for one in train_rows if one.id not in held] + load_starter("train")
-        starter = load_starter("dev")
-        past = [
-            replace(one, source="starter-past") for one in starter if one.family.startswith("past/")
-        ]  # a source by itself
-        starter = [one for one in starter if not one.family.startswith("past/")]
-        dev = [one for one in dev_rows if one.source.startswith(DEV)] + aside + starter + past
+        # Those about the past are a source by themselves.
+        starter = [
+            replace(one, source="starter-past") if one.family.startswith("past/") else one
+            for one in load_starter("dev")
+        ]
+        dev = [one for one in dev_rows if one.source.startswith(DEV)] + aside + starter
         neutral, _ = self.neutral()
         if self.reduced:
             dev = draw(dev_rows, REDUCED_DEV, 0, set()) + draw(aside, REDUCED_ASIDE, 0, set())
-            dev += families(starter, REDUCED_DEV_STARTER, 0) + families(past, REDUCED_DEV_PAST, 0)
+            for source, count in REDUCED_STARTER.items():
+                dev += families([one for one in starter if one.source == source], count, 0)
         if self.small:
             train, dev = sample(train, 240, seed), sample(dev, 160, seed)
         return train, dev, neutral

@@ -224,3 +224,27 @@ def test_a_row_of_one_token_has_no_context() -> None:
     for columns in (torch.zeros(1, 0, dtype=torch.bool), torch.zeros(1, 2, dtype=torch.bool)):
         found = prompt_context(cache, BLOCKS, columns, move.context_query, move.context_mean)
         assert torch.equal(found, torch.zeros(1, *move.context_query.shape))
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_blocks_that_read_the_same_context_read_it_once_a_pass(same: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, reads = tiny_model("qwen2", num_hidden_layers=5), []
+    one, other = reader(model), reader(model)
+    if not same:
+        other.context_query.mul_(2)
+
+    def counted(*args: Any) -> Tensor:
+        reads.append(args)
+        return prompt_context(*args)
+
+    monkeypatch.setattr("elsteer.steering.attach.prompt_context", counted)
+    with Steering(model, {LAYER: one, LAYER + 1: other}, window=0), torch.no_grad():
+        for passes in (1, 2):
+            found = model(**pad(PROMPTS)).logits[:, -1]
+            assert len(reads) == passes * (1 if same else 2)
+    moves = [(LAYER, one), (LAYER + 1, other)]
+    slow = [
+        slow_logits(model, {at: Told(move, plain_context(model, move, p)) for at, move in moves}, p, len(p) - 1, 0)[-1]
+        for p in PROMPTS
+    ]
+    torch.testing.assert_close(found, torch.stack(slow), atol=1e-4, rtol=0)

@@ -48,8 +48,6 @@ def prompt_context(cache: Any, blocks: tuple[int, int], columns: Tensor, query: 
     the cache has beyond these do not count. Raises SteeringError where the cache holds no values.
     """
     values, kept = prompt_values(cache, blocks, columns)
-    if not values.shape[1]:
-        return query.new_zeros(len(columns), *query.shape).to(columns.device)
     return attend(values.float(), kept, query.to(values.device), mean.to(values.device)).to(columns.device)
 
 

@@ -165,7 +165,6 @@ class SteeredProducts(nn.Module):
         harmful: Tensor,
         units: int,
         *,
-        places: Tensor | None = None,
         benign_weight: float = 1.0,
         seed: int = 0,
         epochs: int = 20,
@@ -173,7 +172,7 @@ class SteeredProducts(nn.Module):
     ) -> None:
         """Give u `units` hidden units and train it, linear part included, on states (n, L, d) and harmful (n,) bool.
 
-        places: (m,) of those that count (all by default). Logistic loss, AdamW, one-cycle rate; benign_weight as in `refine`.
+        Logistic loss, AdamW, one-cycle rate; benign_weight as in `refine`.
         Where steps go by the mean of u so far, it is this mean that is trained, so that a block learns what those before miss.
         """
         count, size = self.due.shape
@@ -188,13 +187,12 @@ class SteeredProducts(nn.Module):
         optimiser = torch.optim.AdamW(
             [{"params": matrices, "weight_decay": 0.1}, {"params": offsets, "weight_decay": 0.0}], lr=_UNITS_RATE
         )
-        places = torch.arange(len(states)) if places is None else places
-        starts = range(0, len(places), _UNITS_BATCH)
+        starts = range(0, len(states), _UNITS_BATCH)
         total = max(2, epochs * len(starts))
         schedule = one_cycle(optimiser, _UNITS_RATE, total)
-        weights = _kind_weights(harmful, benign_weight, places)
+        weights = _kind_weights(harmful, benign_weight)
         for epoch in range(epochs):
-            order = places[torch.randperm(len(places), generator=generator)]
+            order = torch.randperm(len(states), generator=generator)
             for start in starts:
                 rows = order[start : start + _UNITS_BATCH]
                 with torch.enable_grad():

@@ -12,13 +12,11 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import json
 import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import Literal
 
@@ -28,6 +26,7 @@ from elsteer.prompts.folder import data_folder
 from elsteer.prompts.formats import file_rows
 from elsteer.prompts.prompt import Prompt
 from elsteer.prompts.split import sample
+from elsteer.prompts.starter import shipped_rows
 
 __all__ = ["attacked", "family_of", "fitting_families", "templates_of", "under_attack", "with_attacks"]
 
@@ -48,7 +47,8 @@ def family_of(name: str) -> AttackFamily:
 
 def under_attack(prompt: Prompt) -> bool:
     """Whether the prompt stands in a template of some family, as `attacked` and `with_attacks` make them."""
-    return prompt.source.rpartition("+")[2] in FAMILIES and "+" in prompt.source
+    _, plus, family = prompt.source.rpartition("+")
+    return bool(plus) and family in FAMILIES
 
 
 def attacked(
@@ -84,12 +84,9 @@ def templates_of(
     """
     one = family_of(family)
     if not one.files:
-        more = _frames()
-        return [
-            *(one.templates if split != "dev" else ()),
-            *(more[family, "train"] if split != "dev" else ()),
-            *(more[family, "dev"] if split != "train" else ()),
-        ]
+        splits = ("train", "dev") if split is None else (split,)
+        ours = one.templates if "train" in splits else ()
+        return [*ours, *(text for name in splits for text in _frames()[family, name])]
     folder = data_folder(data_dir)
     if folder is None:
         raise PromptError(
@@ -140,9 +137,7 @@ def with_attacks(
 def _frames() -> dict[tuple[str, str], list[str]]:
     """Templates that ship, by family and split."""
     found: dict[tuple[str, str], list[str]] = defaultdict(list)
-    text = resources.files("elsteer.prompts").joinpath("data/frames.jsonl").read_text(encoding="utf-8")
-    for line in text.splitlines():
-        row = json.loads(line)
+    for row in shipped_rows("frames"):
         found[row["family"], row["split"]].append(row["template"])
     return found
 

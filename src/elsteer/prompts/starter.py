@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from importlib import resources
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from elsteer.errors import PromptError
 from elsteer.prompts.prompt import Prompt
 
-__all__ = ["STARTER_SPLITS", "StarterSplit", "load_starter"]
+__all__ = ["STARTER_SPLITS", "StarterSplit", "load_starter", "shipped_rows"]
 
 StarterSplit = Literal["train", "dev", "test"]
 STARTER_SPLITS: tuple[StarterSplit, ...] = get_args(StarterSplit)
@@ -29,11 +29,9 @@ def load_starter(split: str | None = None) -> list[Prompt]:
         raise PromptError(
             f"The starter prompts have no split '{split}': choose one of {', '.join(STARTER_SPLITS)}, or none for all."
         )
-    folder = resources.files("elsteer.prompts").joinpath("data")
     prompts: list[Prompt] = []
     for name in STARTER_SPLITS if split is None else (split,):
-        for line in folder.joinpath(f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
+        for row in shipped_rows(name):
             prompts.append(
                 Prompt.of(
                     row["prompt"],
@@ -44,3 +42,9 @@ def load_starter(split: str | None = None) -> list[Prompt]:
                 )
             )
     return prompts
+
+
+def shipped_rows(name: str) -> list[dict[str, Any]]:
+    """Rows of the file `name`.jsonl that comes with this package."""
+    text = resources.files("elsteer.prompts").joinpath("data", f"{name}.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]

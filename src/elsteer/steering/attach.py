@@ -89,6 +89,8 @@ class Steering:
         )
         self._columns: Tensor | None = None  # (B, C) cache columns of the prompts' tokens before their last one
         self._reads = any(_context_blocks(move) is not None for move in self._moves.values())
+        self._leads = _leads(self._moves)
+        self._contexts: dict[int, Tensor] = {}  # read in this pass, by the block whose move reads the same first
         self._dues: tuple[Tensor, int] | None = None  # in this pass, the sum of `due` and over how many blocks
         self._past = False  # known inside `generate`: each pass of one token from here on is past the window
         self._given: tuple[Tensor, Tensor | None] | None = None  # lengths and rows told by `prompts`
@@ -232,6 +234,7 @@ class Steering:
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._active = self._where = self._columns = self._dues = None
+        self._contexts.clear()
         self._fired, self._ran = 0, True
         if self._off or not self.enabled:
             return
@@ -353,7 +356,7 @@ class Steering:
             if self._active is None and self._where is None:
                 return None
             hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-            context = self._context(move, args, kwargs) if self._reads else None
+            context = self._context(at, move, args, kwargs) if self._reads else None
             moved = self._moved(move, hidden, context, device or hidden.device)
             if args:
                 return (moved, *args[1:]), kwargs
@@ -362,14 +365,17 @@ class Steering:
         return steer
 
     @torch.no_grad()
-    def _context(self, move: Move, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-        """(B, H, C) contexts of the rows, where the move reads them."""
+    def _context(self, at: int, move: Move, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """(B, H, C) contexts of the rows, where the move at block `at` reads them; in each pass they are made once."""
         if (blocks := _context_blocks(move)) is None:
             return None
+        if (made := self._contexts.get(self._leads[at])) is not None:
+            return made
         cache = next((arg for arg in (*kwargs.values(), *args) if hasattr(arg, "get_seq_length")), None)
         assert self._columns is not None
         query, mean = move.context_query, move.context_mean  # type: ignore[attr-defined]
-        return prompt_context(cache, blocks, self._columns, query, mean)
+        found = self._contexts[self._leads[at]] = prompt_context(cache, blocks, self._columns, query, mean)
+        return found
 
     @torch.no_grad()
     def _moved(self, move: Move, hidden: Tensor, context: Tensor | None, device: torch.device) -> Tensor:
@@ -470,6 +476,25 @@ def _last_real(position: Tensor, real: Tensor, buffer: Tensor | None) -> Tensor:
 
 def _context_blocks(move: Move) -> tuple[int, int] | None:
     return getattr(move, "context_blocks", None)
+
+
+def _leads(moves: Mapping[int, Move]) -> dict[int, int]:
+    """By block, the first block whose move reads the same context; of blocks whose moves read one."""
+
+    def reading(at: int) -> tuple[Tensor, Tensor]:
+        move = moves[at]
+        return move.context_query.cpu(), move.context_mean.cpu()  # type: ignore[attr-defined]
+
+    found: dict[int, int] = {}
+    for at in sorted(at for at, move in moves.items() if _context_blocks(move) is not None):
+        same = (
+            lead
+            for lead in dict.fromkeys(found.values())
+            if _context_blocks(moves[lead]) == _context_blocks(moves[at])
+            and all(torch.equal(a, b) for a, b in zip(reading(lead), reading(at), strict=True))
+        )
+        found[at] = next(same, at)
+    return found
 
 
 def _columns_before(mask: Any, start: Tensor, rows: int, count: int, device: torch.device) -> Tensor:
