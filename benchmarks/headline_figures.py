@@ -55,13 +55,13 @@ ASIDE = {"orbench_toxic": 60, "advbench": 60, "do_not_answer": 180}  # of train.
 DEV = ("oktest", "orbench_hard", "harmbench", "malicious_instruct")
 TRAINING = {
     "0.5b": TrainingSettings(
-        refine_prompts=9600, refine_memory=12 << 30, benign_weights=(10.0, 4.0, 5.0, 6.3, 8.0, 13.0)
+        refine_prompts=9600, refine_memory=12 << 30, benign_weights=(10.0, 4.0, 6.3, 16.0, 25.0, 40.0, 63.0)
     ),
     "1.5b": TrainingSettings(refine_prompts=4800, refine_memory=12 << 30, benign_weights=(6.3, 4.0, 10.0, 16.0)),
 }
 BOUNDS = {"kl": 0.019, "perplexity_ratio": 1.03, "finalists": 3}  # below the goals
 TUNING = {
-    "0.5b": TuningSettings(etas=(0.06, 0.054, 0.066), **BOUNDS),
+    "0.5b": TuningSettings(etas=(0.05, 0.044, 0.056), **BOUNDS),
     "1.5b": TuningSettings(etas=(0.064, 0.05, 0.08), **BOUNDS),
 }
 # Of `--reduced`: dev prompts, by the start of their source.

@@ -187,3 +187,19 @@ def test_watching_ends_with_an_exception_too() -> None:
     with pytest.raises(KeyError), watch_states(decoder_blocks(model)):
         raise KeyError
     assert not any(block._forward_pre_hooks for block in decoder_blocks(model))
+
+
+def test_values_are_read_back_by_row_from_the_later_shard(tmp_path: Path) -> None:
+    store = StateStore(tmp_path / "states")
+    values = [torch.randn(count, 6, dtype=torch.bfloat16) for count in (3, 0, 5, 2)]
+    store.append(["a", "b", "c"], *shard(3), values=[values[0], values[1], torch.zeros(4, 6)])
+    store.append(["c", "d"], *shard(2), values=values[2:])
+    store.append(["e"], *shard(1), values=[torch.full((1, 6), 1e9)])  # beyond what float16 holds
+    store.append(["f"], *shard(1), values=[torch.zeros(0, 1)])  # prompts of one token
+    found = store.values(["d", "a", "b", "c", "e", "f"], mapped=tmp_path / "mapped")
+    for one, wanted in zip(found, (values[3], values[0], values[1], values[2]), strict=False):
+        torch.testing.assert_close(one, wanted.half(), atol=0, rtol=0)
+    assert torch.isfinite(found[4]).all()
+    assert len(found[5]) == 0
+    with pytest.raises(RunError, match="lacks the states of 1 prompts"):
+        store.values(["a", "x"], mapped=tmp_path / "again")

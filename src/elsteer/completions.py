@@ -29,6 +29,7 @@ from elsteer.decoding import (
     prefill,
     share_prefix,
 )
+from elsteer.energy.context import values_of
 from elsteer.errors import PromptError, RunError
 from elsteer.files import append_jsonl, read_jsonl
 from elsteer.judges import Judge, Verdict, judge_all
@@ -202,13 +203,15 @@ def complete(
     describe: Callable[[Prompt], dict[str, Any]] | None = None,
     states: StateStore | None = None,
     state_tokens: int = 1,
+    values: tuple[int, int] | None = None,
     progress: Progress | None = None,
 ) -> list[Completion]:
     """Answer the prompts of `caches` greedily, judge the answers, and return them in the prompts' order.
 
     early_stop: stop a row as soon as the judge's verdict is decided. path: append each batch to this JSONL and skip
     prompts that it already holds; `extra` fields mark the rows and are what resuming looks for, `describe` adds fields for
-    people. states: capture every block's input at the prompt's last token and the first state_tokens - 1 generated ones.
+    people. states: capture every block's input at the prompt's last token and the first state_tokens - 1 generated ones, and
+    the cached values of these blocks, from and up to (`elsteer.energy.context`).
     progress(done, total) after each batch.
     """
     chosen = list(range(len(caches.prompts))) if places is None else list(places)
@@ -222,7 +225,7 @@ def complete(
     ends = end_ids(caches.model, caches.tokenizer)
     finished = len(chosen) - len(todo)
     for batch in caches.batches(todo):
-        fresh = _answer(caches, batch, judge, max_new_tokens, early_stop, ends, steering, states, state_tokens)
+        fresh = _answer(caches, batch, judge, max_new_tokens, early_stop, ends, steering, states, state_tokens, values)
         if path is not None:
             append_jsonl(
                 path,
@@ -255,6 +258,7 @@ def _answer(
     steering: Attached | None,
     states: StateStore | None,
     state_tokens: int,
+    values: tuple[int, int] | None,
 ) -> list[Completion]:
     tokenizer = caches.tokenizer
     prompts = [caches.prompts[place] for place in batch.rows]
@@ -272,6 +276,7 @@ def _answer(
         out = decode(caches.model, batch, max_new_tokens=max_new_tokens, end_ids=ends, decided=stop, steering=steering)
     else:
         blocks = decoder_blocks(caches.model)
+        seen = None if values is None else values_of(batch, values)
         kept: list[tuple[list[int], Tensor]] = []
         with watch_states(blocks) as latest:
 
@@ -293,7 +298,7 @@ def _answer(
         for step, (alive, found) in enumerate(kept):
             block[alive, step] = found
             counts[alive] = step + 1
-        states.append([prompt.id for prompt in prompts], block, counts)
+        states.append([prompt.id for prompt in prompts], block, counts, seen)
     texts = [text_of(tokens) for tokens in out.tokens]
     # The early verdict and the whole text's may differ where the judge looks further: the one that stopped it counts.
     early = [

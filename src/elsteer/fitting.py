@@ -16,13 +16,11 @@ from typing import Literal
 
 import torch
 import yaml
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import elsteer
 from elsteer.completions import Completion, PromptCaches, complete
 from elsteer.decoding import PromptBatch
-from elsteer.energy.context import values_of
 from elsteer.energy.refine import SteeredProducts, refine
 from elsteer.errors import NothingHelps, PromptError, RunError, SteeringError
 from elsteer.evaluation.plots import frontier_picture
@@ -46,7 +44,7 @@ from elsteer.prompts import (
 from elsteer.run import RunFolder, key_of, told_apart
 from elsteer.settings import FitSettings
 from elsteer.states import StateStore
-from elsteer.training import Energies, train_energies
+from elsteer.training import Energies, context_blocks, train_energies
 from elsteer.tuning import Trial, Tuner
 
 __all__ = ["fit", "neutral_prompts"]
@@ -97,16 +95,16 @@ def fit(
         train_caches = _caches(model, tokenizer, train_set, settings, run, keep_bytes=keep)
         dev_caches, neutral_caches = (_caches(model, tokenizer, some, settings, run) for some in (dev_set, quiet))
         print_of = fingerprint(model, tokenizer, thinking=settings.collect.thinking)
-        base_key = key_of(print_of.to_dict(), settings.collect.model_dump(), str(model.dtype))
+        depth = num_layers(model)
+        looked = context_blocks(settings, depth)
+        base_key = key_of(print_of.to_dict(), settings.collect.model_dump(), str(model.dtype), looked)
         _write_inputs(run, settings, train_set, dev_set)
-        completions = _collect(run, train_caches, settings, base_key, progress)
+        completions = _collect(run, train_caches, settings, base_key, looked, progress)
         plain = _dev(run, dev_caches, settings, progress)
         judged = {one.prompt_id: one.label for one in completions}
         full = _in_full(train_set, settings)
         rest = _refined_besides(train_set, full, settings)  # the groups in which both were answered
-        completions = _glimpse(run, train_caches, completions, plain, rest, settings, base_key, progress)
-        depth = num_layers(model)
-
+        completions = _glimpse(run, train_caches, completions, plain, rest, settings, base_key, looked, progress)
         through = _Through(train_caches, [full, rest] if rest else [full], judged, settings, progress)
         energies, train_key = train_energies(run, train_set, completions, settings, base_key, depth, progress, through)
         del through  # it holds the training prompts' caches, too
@@ -129,15 +127,6 @@ class _Through:
     @property
     def device(self) -> torch.device:
         return self.caches.model.device
-
-    def values(self, blocks: tuple[int, int]) -> dict[int, Tensor]:
-        try:
-            return values_of(self._batches, blocks)
-        except SteeringError as error:
-            raise RunError(
-                "This model keeps no key-value cache that the context of a state could be read from: fit with "
-                "--training-context-blocks 0."
-            ) from error
 
     def train(self, products: SteeredProducts, weight: float) -> list[float]:
         return refine(
@@ -226,20 +215,33 @@ def _told(progress: Progress | None, stage: str) -> Callable[[int, int], None] |
 
 
 def _collect(
-    run: RunFolder, caches: PromptCaches, settings: FitSettings, key: str, progress: Progress | None
+    run: RunFolder,
+    caches: PromptCaches,
+    settings: FitSettings,
+    key: str,
+    looked: tuple[int, int] | None,
+    progress: Progress | None,
 ) -> list[Completion]:
+    """looked: the blocks whose values are kept with the states."""
     collect = settings.collect
     run.stage("collect", key, ["completions.jsonl", "glimpses.jsonl", "states", "dev.jsonl", "dev_states"])
-    return complete(
-        caches,
-        get_judge(collect.judge),
-        max_new_tokens=collect.max_new_tokens,
-        places=_in_full(caches.prompts, settings),
-        path=run / "completions.jsonl",
-        states=StateStore(run / "states"),
-        state_tokens=collect.state_tokens,
-        progress=_told(progress, "answering the training prompts"),
-    )
+    try:
+        return complete(
+            caches,
+            get_judge(collect.judge),
+            max_new_tokens=collect.max_new_tokens,
+            places=_in_full(caches.prompts, settings),
+            path=run / "completions.jsonl",
+            states=StateStore(run / "states"),
+            state_tokens=collect.state_tokens,
+            values=looked,
+            progress=_told(progress, "answering the training prompts"),
+        )
+    except SteeringError as error:
+        raise RunError(
+            "This model keeps no key-value cache that the context of a state could be read from: fit with "
+            "--training-context-blocks 0."
+        ) from error
 
 
 def _in_full(prompts: Sequence[Prompt], settings: FitSettings) -> list[int]:
@@ -256,6 +258,7 @@ def _glimpse(
     refined: list[int],
     settings: FitSettings,
     base_key: str,
+    looked: tuple[int, int] | None,
     progress: Progress | None,
 ) -> list[Completion]:
     """`completions` and the verdicts that the first token tells of the other training prompts, in the prompts' order.
@@ -285,6 +288,7 @@ def _glimpse(
             path=run / "glimpses.jsonl",
             states=StateStore(run / "states"),
             state_tokens=settings.collect.state_tokens,
+            values=looked,
             progress=told,
         )
         found |= {one.prompt_id: one for one in glimpsed}
@@ -296,7 +300,7 @@ def _glimpse(
 def _refined_besides(prompts: Sequence[Prompt], full: list[int], settings: FitSettings) -> list[int]:
     """Places of the prompts that, besides those answered in full, are trained on through the model.
 
-    Up to a third of them are under attack: the contexts of these are what the energies learn to read (`elsteer.energy.context`).
+    Up to a tenth of them are under attack: where more were, steps moved everyday prompts more.
     """
     rest = sorted(set(range(len(prompts))) - set(full))
     most = max(0, settings.training.refine_prompts - len(full))
@@ -306,8 +310,8 @@ def _refined_besides(prompts: Sequence[Prompt], full: list[int], settings: FitSe
     for place in rest:
         groups[under_attack(prompts[place])].append(prompts[place])
     direct, attacked = groups
-    third = min(len(attacked), max(most // 3, most - len(direct)))
-    parts = ((direct, most - third), (attacked, third))
+    tenth = min(len(attacked), max(most // 10, most - len(direct)))
+    parts = ((direct, most - tenth), (attacked, tenth))
     chosen = {one.id for part, count in parts if count for one in sample(part, count, settings.seed)}
     return [place for place in rest if prompts[place].id in chosen]
 

@@ -2,8 +2,10 @@
 
 A state is the input of decoder block l at one token, float32, shape (hidden_size,). A shard holds one batch:
 `states` (rows, tokens, layers, hidden_size) in float32, `counts` (rows,) how many of its tokens each row has (token 0 is
-the prompt's last, token t the t-th generated one), and the rows' prompt ids in its metadata. Shards are whole or absent;
-a row that stands in two shards (a batch redone after a crash) is read from the later one.
+the prompt's last, token t the t-th generated one), and the rows' prompt ids in its metadata. Where the context of states is
+read (`elsteer.energy.context`), it holds besides them `values` (T, C) in float16, the rows' one after the other, and
+`lengths` (rows,), how many of them each row has. Shards are whole or absent; a row that stands in two shards (a batch redone
+after a crash) is read from the later one.
 """
 
 from __future__ import annotations
@@ -41,11 +43,17 @@ class StateStore:
         """Finished shards, oldest first."""
         return sorted(self.folder.glob("[0-9]*.safetensors"))
 
-    def append(self, ids: Sequence[str], states: Tensor, counts: Tensor) -> None:
-        """Add one shard; see the module's text for shapes. Raises RunError when the disk is full."""
+    def append(
+        self, ids: Sequence[str], states: Tensor, counts: Tensor, values: Sequence[Tensor] | None = None
+    ) -> None:
+        """Add one shard; see the module's text for shapes. values: (T, C) of each row. Raises RunError when the disk is full."""
         last = self.shards()
         number = int(last[-1].stem) + 1 if last else 0
         tensors = {"states": states.float().contiguous().cpu(), "counts": counts.to(torch.int32).cpu()}
+        if values is not None:
+            most = torch.finfo(torch.float16).max
+            tensors["values"] = torch.cat([one.cpu() for one in values]).clamp(-most, most).half()
+            tensors["lengths"] = torch.tensor([len(one) for one in values], dtype=torch.int32)
         metadata = {"ids": json.dumps(list(ids))}
         whole = save(tensors, metadata=metadata)  # safetensors' own writing hides a full disk behind another error
         write_atomic(self.folder / f"{number:06d}.safetensors", lambda to: to.write_bytes(whole))
@@ -69,16 +77,9 @@ class StateStore:
         file to be made, as large as the states, that they are mapped from, so that memory holds what is in use.
         Raises RunError when a prompt's states are missing or a shard is damaged.
         """
-        places = self._places()
-        if missing := [one for one in ids if one not in places]:
-            raise RunError(f"{self.folder} lacks the states of {len(missing)} prompts: run the collection again.")
-        by_shard: dict[Path, list[tuple[int, int]]] = {}
-        for at, one in enumerate(ids):
-            shard, row = places[one]
-            by_shard.setdefault(shard, []).append((at, row))
         states: Tensor | None = None
         counts = torch.zeros(len(ids), dtype=torch.int32)
-        for shard, pairs in by_shard.items():
+        for shard, pairs in self._by_shard(ids).items():
             with _open(shard) as file:
                 block = torch.from_numpy(file.get_slice("states")[:, :tokens, layers or slice(None)]).to(dtype)
                 if states is not None and states.shape[1:] != block.shape[1:]:
@@ -93,6 +94,43 @@ class StateStore:
                 states[to] = block[by]
                 counts[to] = torch.from_numpy(file.get_tensor("counts"))[by].clamp_max(block.shape[1])
         return (states if states is not None else torch.zeros(0, 0, 0, 0)), counts
+
+    def values(self, ids: Sequence[str], *, mapped: Path) -> list[Tensor]:
+        """Values (T, C), float16, of the prompts `ids`, in their order, mapped from a file that is made.
+
+        Raises RunError when a prompt's values are missing or a shard is damaged.
+        """
+        by_shard = self._by_shard(ids)
+        ends, width = {}, 0
+        for shard in by_shard:
+            with _open(shard) as file:
+                ends[shard] = file.get_tensor("lengths").cumsum().tolist()
+                width = max(width, file.get_slice("values").get_shape()[1])  # 1 where no prompt has two tokens
+        found: list[Tensor] = [torch.zeros(0, width, dtype=torch.float16)] * len(ids)
+        starts = {shard: [0, *each] for shard, each in ends.items()}
+        total = sum(
+            starts[shard][row + 1] - starts[shard][row] for shard, pairs in by_shard.items() for _, row in pairs
+        )
+        flat, done = mapped_tensor((total, width), torch.float16, mapped), 0
+        for shard, pairs in by_shard.items():
+            with _open(shard) as file:
+                block = torch.from_numpy(file.get_tensor("values"))
+            for at, row in pairs:
+                some = block[starts[shard][row] : starts[shard][row + 1]]
+                found[at] = flat[done : done + len(some)]
+                found[at][:], done = some, done + len(some)
+        return found
+
+    def _by_shard(self, ids: Sequence[str]) -> dict[Path, list[tuple[int, int]]]:
+        """By shard, the places in `ids` and in the shard. Raises RunError when a prompt is in none."""
+        places = self._places()
+        if missing := [one for one in ids if one not in places]:
+            raise RunError(f"{self.folder} lacks the states of {len(missing)} prompts: run the collection again.")
+        found: dict[Path, list[tuple[int, int]]] = {}
+        for at, one in enumerate(ids):
+            shard, row = places[one]
+            found.setdefault(shard, []).append((at, row))
+        return found
 
     def _places(self) -> dict[str, tuple[Path, int]]:
         places: dict[str, tuple[Path, int]] = {}

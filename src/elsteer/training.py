@@ -37,7 +37,7 @@ from elsteer.run import RunFolder, key_of
 from elsteer.settings import FitSettings
 from elsteer.states import StateStore
 
-__all__ = ["Energies", "shuffled_control", "train_energies"]
+__all__ = ["Energies", "context_blocks", "shuffled_control", "train_energies"]
 
 Progress = Callable[[str, int, int], None]
 
@@ -48,10 +48,6 @@ class Through(Protocol):
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        ...
-
-    def values(self, blocks: tuple[int, int]) -> dict[int, Tensor]:
-        """Values of the prompts' tokens, by place, in these blocks (`elsteer.energy.context.values_of`)."""
         ...
 
     def train(self, products: SteeredProducts, weight: float) -> object:
@@ -130,10 +126,18 @@ def train_energies(
         shuffle = settings.seed if settings.shuffle_outcomes else None
         energies = _train(run, prompts, completions, settings, layers, weight, progress, shuffle=shuffle)
         if through is not None:
-            energies = _refined(run, prompts, completions, settings, energies, weight, through)
+            energies = _refined(run, prompts, completions, settings, energies, weight, through, depth)
         save_energies(folder, energies)
         found[weight] = energies
     return found, key
+
+
+def context_blocks(settings: FitSettings, depth: int) -> tuple[int, int] | None:
+    """The blocks, from and up to, whose values the energies read (`elsteer.energy.context`); None where they read none."""
+    training, first = settings.training, _refine_band(settings, depth)[0]
+    through = training.energy == "product" and training.refine_epochs and not settings.shuffle_outcomes
+    looked = min(training.context_blocks, first) if through else 0
+    return (first - looked, first) if looked else None
 
 
 def _refine_band(settings: FitSettings, depth: int) -> range:
@@ -150,6 +154,7 @@ def _refined(
     energies: Energies,
     weight: float,
     through: Through,
+    depth: int,
 ) -> Energies:
     """`energies`, all of neighbouring blocks, trained through the model."""
     band = sorted(energies.tensors)
@@ -167,9 +172,9 @@ def _refined(
         products = SteeredProducts(
             energies.tensors, harm, reader=reader, sharpness=sharpness, pooled=settings.training.refine_pooled
         )
-        if looked := min(settings.training.context_blocks, band[0]):
-            read = band[0] - looked, band[0]
-            products.see(through.values(read), read, settings.training.context_heads, seed=settings.seed)
+        if (read := context_blocks(settings, depth)) is not None:
+            values = store.values(ids, mapped=Path(folder) / "values")
+            products.see(values, read, settings.training.context_heads, seed=settings.seed)
         products.to(through.device)
         if units := settings.training.refine_units:
             products.add_units(states, harmful, units, seed=settings.seed)

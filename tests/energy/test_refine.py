@@ -33,7 +33,7 @@ def tiny() -> Tiny:
 def products(
     seed: int = 0,
     units: int = 0,
-    values: dict[int, Tensor] | None = None,
+    values: list[Tensor] | None = None,
     sharpness: float = 0.0,
     pooled: bool = False,
 ) -> SteeredProducts:
@@ -59,10 +59,10 @@ def products(
     return found
 
 
-def some_values(count: int = 12) -> dict[int, Tensor]:
+def some_values(count: int = 12) -> list[Tensor]:
     """Of prompts of 1 to 5 tokens before the last one."""
     generator = torch.Generator().manual_seed(7)
-    return {place: 3 * torch.randn(1 + place % 5, 6, generator=generator) + 1 for place in range(count)}
+    return [3 * torch.randn(1 + place % 5, 6, generator=generator) + 1 for place in range(count)]
 
 
 def batches_of(tiny: Tiny) -> list[PromptBatch]:
@@ -84,7 +84,7 @@ def labels_of(tiny: Tiny, batches: list[PromptBatch]) -> list[str | None]:
 @pytest.mark.parametrize("sharpness", [0.0, 1.5])
 @pytest.mark.parametrize("pooled", [False, True])
 def test_a_landscape_makes_the_step_that_was_trained(
-    units: int, values: dict[int, Tensor] | None, sharpness: float, pooled: bool
+    units: int, values: list[Tensor] | None, sharpness: float, pooled: bool
 ) -> None:
     states = torch.randn(12, len(LAYERS), SIZE, generator=torch.Generator().manual_seed(2))
     kinds = torch.tensor([False, True]).repeat(6)
@@ -177,8 +177,8 @@ def test_u_times_a_gain_is_0_where_it_was() -> None:
 def test_units_learn_from_the_context_what_the_state_does_not_say() -> None:
     """One token of many tells the kind: a mean would hardly show it, a query finds it."""
     kinds, generator = torch.arange(300) % 2 == 0, torch.Generator().manual_seed(7)
-    values = {place: torch.randn(20 + place % 9, 6, generator=generator) for place in range(300) if place % 7}
-    for place, tokens in values.items():
+    values = [torch.randn(20 + place % 9, 6, generator=generator) for place in range(300)]
+    for place, tokens in enumerate(values):
         tokens[place % 13, 2] += 8.0
         tokens[place % 13, 3] += 4.0 if kinds[place] else -4.0
     found = products()
@@ -186,15 +186,24 @@ def test_units_learn_from_the_context_what_the_state_does_not_say() -> None:
     states = torch.randn(300, len(LAYERS), SIZE, generator=generator)
     start = found.query.clone()
     found.add_units(states, kinds, 8, epochs=120)
-    places = torch.tensor(sorted(values))
     with torch.no_grad():
-        x = (states[places] - found.mean) / found.scale[:, None]
-        right = ((found._due(x, found.contexts(places)) > 0) == kinds[places, None]).float().mean(dim=0)
+        x = (states - found.mean) / found.scale[:, None]
+        right = ((found._due(x, found.contexts(torch.arange(300))) > 0) == kinds[:, None]).float().mean(dim=0)
     assert float(right.min()) > 0.85  # of .5 by chance
     assert not torch.allclose(found.query, start, atol=0.1)
-    rows, contexts = found.contexts(torch.tensor([0, 1, 7, 8]))  # every seventh is unknown
-    assert rows.tolist() == [1, 3]
-    assert contexts.shape == (2, 12)
+
+
+def test_contexts_do_not_depend_on_the_other_prompts_and_one_of_a_single_token_is_of_zeros() -> None:
+    values = [torch.zeros(0, 6), *some_values(39)]
+    found = products(values=values)
+    places = torch.tensor([7, 0, *range(12, 40), 3])
+    with torch.no_grad():
+        found.query.normal_(generator=torch.Generator().manual_seed(1))
+        alone = torch.cat([found.contexts(torch.tensor([place])) for place in places.tolist()])
+        torch.testing.assert_close(found.contexts(places), alone)
+    assert alone.shape == (31, 12)
+    assert not alone[1].any()
+    assert float(alone[0].abs().min()) > 0
 
 
 @pytest.mark.parametrize("units", [0, 5])
@@ -204,7 +213,8 @@ def test_the_loss_falls_and_no_weight_of_the_model_changes(tiny: Tiny, units: in
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     asked = [parameter.requires_grad for parameter in model.parameters()]
     batches = batches_of(tiny)
-    values = values_of(batches, (0, 1)) if units else None
+    by_place = {row: one for batch in batches for row, one in zip(batch.rows, values_of(batch, (0, 1)), strict=True)}
+    values = [by_place[row] for row in range(len(PROMPTS))] if units else None
     trained, told = products(units=units, values=values), []
     first = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
     losses = refine(

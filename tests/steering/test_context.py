@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,11 +11,13 @@ import torch
 from torch import Tensor
 from transformers import CompileConfig, DynamicCache, PreTrainedModel, QuantizedCache, StaticCache
 
-from elsteer.completions import PromptCaches
+from elsteer.completions import PromptCaches, complete
 from elsteer.decoding import decode, first_logits, score
 from elsteer.energy.context import prompt_context, values_of
 from elsteer.energy.descent import Descent
 from elsteer.errors import SteeringError
+from elsteer.judges import get_judge
+from elsteer.states import StateStore
 from elsteer.steering import Steering
 from pipelines import some_prompts, speaker
 from slow import pad, slow_generate, slow_logits
@@ -159,15 +162,14 @@ def test_prompt_caches_and_given_ends() -> None:
     model = tiny[0]
     move = reader(model)
     for batch in caches.batches():
-        values = values_of([batch], BLOCKS)
-        assert sorted(values) == sorted(batch.rows)
+        values = values_of(batch, BLOCKS)
         with Steering(model, {LAYER: move}, window=1) as steering:
             out = decode(model, batch, max_new_tokens=4, end_ids=set(), steering=steering)
             scored = list(score(model, batch, out.tokens, steering=steering))
         for row, place in enumerate(batch.rows):
             ids = caches.ids[place]
             context = plain_context(model, move, ids)
-            torch.testing.assert_close(values[place], plain_values(model, ids), atol=1e-5, rtol=0)
+            torch.testing.assert_close(values[row], plain_values(model, ids), atol=1e-5, rtol=0)
             slow = {LAYER: Told(move, context)}
             assert out.tokens[row] == slow_generate(model, slow, ids, 4, 1, ends=())
             whole = slow_logits(model, slow, [*ids, *out.tokens[row]], len(ids) - 1, 1)[len(ids) - 1 : -1]
@@ -248,3 +250,27 @@ def test_blocks_that_read_the_same_context_read_it_once_a_pass(same: bool, monke
         for p in PROMPTS
     ]
     torch.testing.assert_close(found, torch.stack(slow), atol=1e-4, rtol=0)
+
+
+def test_the_values_of_every_prompt_that_is_answered_are_kept(tmp_path: Path) -> None:
+    """What the energies learn to read is what they are given while steering; a killed run goes on."""
+    tiny, prompts = speaker(), some_prompts(12)
+    caches = PromptCaches(*tiny, prompts, batch_size=5)
+
+    def answer(places: Sequence[int] | None = None) -> StateStore:
+        store = StateStore(tmp_path / "states")
+        complete(
+            caches,
+            get_judge("rules"),
+            max_new_tokens=4,
+            places=places,
+            path=tmp_path / "done.jsonl",
+            states=store,
+            values=BLOCKS,
+        )
+        return store
+
+    answer(range(5))
+    found = answer().values([one.id for one in prompts], mapped=tmp_path / "values")
+    for ids, values in zip(caches.ids, found, strict=True):
+        torch.testing.assert_close(values.float(), plain_values(tiny[0], ids), atol=2e-3, rtol=1e-3)

@@ -17,7 +17,6 @@ the training prompts; a prompt of one token has a context of zeros.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -73,13 +72,12 @@ def prompt_values(cache: Any, blocks: tuple[int, int], columns: Tensor) -> tuple
     return torch.cat(found, dim=2), kept.to(found[0].device)
 
 
-def values_of(batches: Sequence[PromptBatch], blocks: tuple[int, int]) -> dict[int, Tensor]:
-    """By place, the values (T, C) of a prefilled prompt's tokens before the last one, on the CPU; none of one token."""
-    found: dict[int, Tensor] = {}
-    for batch in batches:
-        if batch.cache is None:
-            continue
-        values, kept = prompt_values(batch.cache, blocks, batch.mask[:, :-1])
-        for row, place in enumerate(batch.rows):
-            found[place] = values[row, kept[row]].cpu()
-    return found
+def values_of(batch: PromptBatch, blocks: tuple[int, int]) -> list[Tensor]:
+    """By row of a prefilled batch, the values (T, C) of the prompt's tokens before the last one, on the CPU.
+
+    Raises SteeringError where the cache holds no values.
+    """
+    if batch.cache is None:  # prompts of one token
+        return [torch.zeros(0, 1)] * len(batch.rows)
+    values, kept = prompt_values(batch.cache, blocks, batch.mask[:, :-1])
+    return [one[real].cpu() for one, real in zip(values, kept, strict=True)]

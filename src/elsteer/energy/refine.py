@@ -60,6 +60,7 @@ _TOKENS = 256  # of the plain distribution, the likeliest; the rest counts as on
 _SHARPNESS = 4
 _LEAST = 1e-3  # of w and 1 - w
 _UNITS_RATE, _UNITS_BATCH = 2e-3, 128
+_ALIKE = 16  # prompts whose contexts are made at a time
 _DROPPED = 0.2  # share of a context's numbers that are left out while u is trained
 
 
@@ -91,7 +92,7 @@ class SteeredProducts(nn.Module):
     ) -> None:
         super().__init__()
         self.sharpness, self.pooled = sharpness, pooled
-        self._values: dict[int, Tensor] | None = None  # by place, (T, C)
+        self._values: Sequence[Tensor] | None = None  # by place, (T, C)
         self._blocks = 0, 0
         self.layers = sorted(tensors)
         names = ("weight", "bias", "mean", "scale")
@@ -118,15 +119,14 @@ class SteeredProducts(nn.Module):
             self.read_offset = nn.Parameter(reader[1].float().clone())  # f
 
     @torch.no_grad()
-    def see(self, values: Mapping[int, Tensor], blocks: tuple[int, int], heads: int, *, seed: int = 0) -> None:
-        """Let u read contexts by `heads` queries, of prompts' values (T, C) by place, of the blocks (first, stop).
+    def see(self, values: Sequence[Tensor], blocks: tuple[int, int], heads: int, *, seed: int = 0) -> None:
+        """Let u read contexts by `heads` queries, of every prompt's values (T, C) in the blocks (first, stop).
 
-        Of other places the context is unknown and counts as zeros. The queries begin near 0, where they take the mean.
+        The queries begin near 0, where they take the mean.
         """
         generator = torch.Generator().manual_seed(seed)
-        drawn = sorted(values)[:: 1 + len(values) // 4000]
-        some = torch.cat([values[place] for place in drawn]).float()
-        self._values, self._blocks = dict(values), blocks
+        some = torch.cat(list(values[:: 1 + len(values) // 4000])).float()
+        self._values, self._blocks = values, blocks
         self.register_buffer("context_mean", some.mean(dim=0))
         self.register_buffer("context_scale", some.std(dim=0).clamp_min(1e-6))
         width = some.shape[1]
@@ -135,22 +135,20 @@ class SteeredProducts(nn.Module):
         self.due = nn.Parameter(torch.cat([self.due, self.due.new_zeros(len(self.layers), size)], dim=1))
         self.units = nn.Parameter(torch.cat([self.units, self.units.new_zeros(*self.units.shape[:2], size)], dim=2))
 
-    def contexts(self, places: Tensor) -> tuple[Tensor, Tensor]:
-        """Of prompts by place: which rows have a known context, (K,), and these contexts, standardised, (K, H * C).
-
-        Differentiable by the queries.
-        """
+    def contexts(self, places: Tensor) -> Tensor:
+        """(B, H * C): the contexts of prompts by place, standardised. Differentiable by the queries."""
         assert self._values is not None
-        device = self.query.device
-        known = [(row, self._values[place]) for row, place in enumerate(places.tolist()) if place in self._values]
-        rows = torch.tensor([row for row, _ in known], dtype=torch.int64, device=device)
-        if not known:
-            return rows, torch.zeros(0, self.query.numel(), device=device)
-        values = nn.utils.rnn.pad_sequence([each for _, each in known], batch_first=True).to(device).float()
-        lengths = torch.tensor([len(each) for _, each in known], device=device)
-        kept = torch.arange(values.shape[1], device=device) < lengths[:, None]
-        values = (values - self.context_mean) / self.context_scale
-        return rows, attend(values, kept, self.query, torch.zeros_like(self.context_mean)).flatten(1)
+        device, zeros = self.query.device, torch.zeros_like(self.context_mean)
+        lengths = torch.tensor([len(self._values[place]) for place in places.tolist()])
+        order = lengths.argsort()
+        found = []
+        for rows in order.split(_ALIKE):  # of similar length, so that little is padded
+            some = [self._values[place] for place in places[rows].tolist()]
+            values = nn.utils.rnn.pad_sequence(some, batch_first=True).to(device).float()
+            kept = torch.arange(values.shape[1]) < lengths[rows, None]
+            values = (values - self.context_mean) / self.context_scale
+            found.append(attend(values, kept.to(device), self.query, zeros).flatten(1))
+        return torch.cat(found)[order.argsort().to(device)]
 
     def directions(self) -> Tensor:
         """(L, d) unit vectors along P c: what a step goes along."""
@@ -197,7 +195,8 @@ class SteeredProducts(nn.Module):
                 rows = order[start : start + _UNITS_BATCH]
                 with torch.enable_grad():
                     x = (states[rows].to(device).float() - self.mean) / self.scale[:, None]
-                    u = self._due(x, None if self._values is None else self._thinned(*self.contexts(rows), generator))
+                    seen = None if self._values is None else self._thinned(self.contexts(rows), generator)
+                    u = self._due(x, seen)
                     u = self._mean_so_far(u) if self.pooled else u
                     wanted = harmful[rows].to(u)[:, None].expand_as(u)
                     each = nn.functional.binary_cross_entropy_with_logits(u, wanted, reduction="none")
@@ -210,10 +209,10 @@ class SteeredProducts(nn.Module):
                 progress(epoch + 1, epochs)
 
     @staticmethod
-    def _thinned(rows: Tensor, contexts: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def _thinned(contexts: Tensor, generator: torch.Generator) -> Tensor:
         """Contexts without a share of their numbers, left out by chance."""
         kept = torch.rand(contexts.shape, generator=generator).to(contexts.device) >= _DROPPED
-        return rows, contexts * kept / (1 - _DROPPED)
+        return contexts * kept / (1 - _DROPPED)
 
     @torch.no_grad()
     def times(self, gain: float) -> None:
@@ -226,15 +225,14 @@ class SteeredProducts(nn.Module):
         """Of u (n, L), for each layer the mean over the layers up to it."""
         return u.cumsum(dim=1) / torch.arange(1, u.shape[1] + 1, device=u.device)
 
-    def _due(self, x: Tensor, beside: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """u (n, L) of standardised states x (n, L, d); beside: the contexts of some rows, as `contexts` gives them."""
+    def _due(self, x: Tensor, contexts: Tensor | None = None) -> Tensor:
+        """u (n, L) of standardised states x (n, L, d) and, where u reads them, contexts (n, H * C)."""
         size = self.mean.shape[1]
         inside = torch.baddbmm(self.thresholds[:, None], x.transpose(0, 1), self.units[:, :, :size].transpose(1, 2))
         straight = torch.einsum("nld,ld->nl", x, self.due[:, :size]) + self.offset
-        if beside is not None:
-            rows, contexts = beside
-            inside = inside.index_add(1, rows, torch.einsum("kc,lmc->lkm", contexts, self.units[:, :, size:]))
-            straight = straight.index_add(0, rows, contexts @ self.due[:, size:].T)
+        if contexts is not None:
+            inside = inside + torch.einsum("nc,lmc->lnm", contexts, self.units[:, :, size:])
+            straight = straight + contexts @ self.due[:, size:].T
         return straight + torch.einsum("lnm,lm->nl", nn.functional.silu(inside), self.bend)
 
     def moves(self, places: Tensor | None = None) -> dict[int, Callable[[Tensor], Tensor]]:
@@ -242,10 +240,7 @@ class SteeredProducts(nn.Module):
 
         places: (B,) of the states' prompts, where u reads their contexts (of zeros by default).
         """
-        contexts: Tensor | None = None
-        if self._values is not None and places is not None:
-            rows, known = self.contexts(places)
-            contexts = known.new_zeros(len(places), known.shape[1]).index_copy(0, rows, known).detach()
+        contexts = None if self._values is None or places is None else self.contexts(places).detach()
         steps = (self.log_length.exp() * self.scale * self.unit)[:, None] * self.directions()
         self.pushes = []
         dues: list[Tensor] = []  # of the blocks so far
