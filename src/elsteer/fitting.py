@@ -44,7 +44,7 @@ from elsteer.prompts import (
 from elsteer.run import RunFolder, key_of, told_apart
 from elsteer.settings import FitSettings
 from elsteer.states import StateStore
-from elsteer.training import Energies, context_blocks, train_energies
+from elsteer.training import Energies, context_blocks, is_refined, train_energies
 from elsteer.tuning import Trial, Tuner
 
 __all__ = ["fit", "neutral_prompts"]
@@ -90,8 +90,7 @@ def fit(
             raise PromptError(
                 "There is no neutral prompt: give some everyday ones, or None for those that are shipped."
             )
-        product = settings.training.energy == "product" and settings.training.refine_epochs > 0
-        keep = settings.training.refine_memory if product and not settings.shuffle_outcomes else 0
+        keep = settings.training.refine_memory if is_refined(settings) else 0
         train_caches = _caches(model, tokenizer, train_set, settings, run, keep_bytes=keep)
         dev_caches, neutral_caches = (_caches(model, tokenizer, some, settings, run) for some in (dev_set, quiet))
         print_of = fingerprint(model, tokenizer, thinking=settings.collect.thinking)

@@ -101,13 +101,12 @@ class StateStore:
         Raises RunError when a prompt's values are missing or a shard is damaged.
         """
         by_shard = self._by_shard(ids)
-        ends, width = {}, 0
+        starts, width = {}, 0  # where the values of a shard's rows start, and an end
         for shard in by_shard:
             with _open(shard) as file:
-                ends[shard] = file.get_tensor("lengths").cumsum().tolist()
+                starts[shard] = [0, *file.get_tensor("lengths").cumsum().tolist()]
                 width = max(width, file.get_slice("values").get_shape()[1])  # 1 where no prompt has two tokens
         found: list[Tensor] = [torch.zeros(0, width, dtype=torch.float16)] * len(ids)
-        starts = {shard: [0, *each] for shard, each in ends.items()}
         total = sum(
             starts[shard][row + 1] - starts[shard][row] for shard, pairs in by_shard.items() for _, row in pairs
         )

@@ -37,7 +37,7 @@ from elsteer.run import RunFolder, key_of
 from elsteer.settings import FitSettings
 from elsteer.states import StateStore
 
-__all__ = ["Energies", "context_blocks", "shuffled_control", "train_energies"]
+__all__ = ["Energies", "context_blocks", "is_refined", "shuffled_control", "train_energies"]
 
 Progress = Callable[[str, int, int], None]
 
@@ -109,8 +109,7 @@ def train_energies(
     names = training.model_dump(exclude={"benign_weights", "refine_memory"})
     key = key_of(base_key, labels, names, weights[0] if product else None, settings.seed, settings.shuffle_outcomes)
     run.stage("energy", key, ["energy"])
-    # Shuffled outcomes say nothing of single tokens, which is what training through the model learns from.
-    if not product or not training.refine_epochs or settings.shuffle_outcomes:
+    if not is_refined(settings):
         through = None
     layers = range(depth) if through is None else _refine_band(settings, depth)
     found: dict[float, Energies] = {}
@@ -132,11 +131,19 @@ def train_energies(
     return found, key
 
 
+def is_refined(settings: FitSettings) -> bool:
+    """Whether energies are trained through the model.
+
+    Shuffled outcomes say nothing of single tokens, which is what that learns from.
+    """
+    training = settings.training
+    return training.energy == "product" and training.refine_epochs > 0 and not settings.shuffle_outcomes
+
+
 def context_blocks(settings: FitSettings, depth: int) -> tuple[int, int] | None:
     """The blocks, from and up to, whose values the energies read (`elsteer.energy.context`); None where they read none."""
-    training, first = settings.training, _refine_band(settings, depth)[0]
-    through = training.energy == "product" and training.refine_epochs and not settings.shuffle_outcomes
-    looked = min(training.context_blocks, first) if through else 0
+    first = _refine_band(settings, depth)[0]
+    looked = min(settings.training.context_blocks, first) if is_refined(settings) else 0
     return (first - looked, first) if looked else None
 
 
