@@ -39,6 +39,18 @@ def test_an_error_inside_is_not_taken_for_one_of_the_folder_and_frees_it(tmp_pat
         pass
 
 
+def test_what_a_killed_run_left_of_its_scratch_goes_when_the_next_begins(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    with run.owned(), run.scratch() as folder:
+        assert folder.parent == tmp_path
+        (folder / "states").write_bytes(b"x")
+    assert not folder.exists()
+    folder.mkdir()
+    (folder / "states").write_bytes(b"x")
+    with run.owned():
+        assert not folder.exists()
+
+
 def test_a_file_or_a_path_below_a_file_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     for path in (tmp_path / "file", tmp_path / "file" / "run"):

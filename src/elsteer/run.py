@@ -85,9 +85,20 @@ class RunFolder:
             raise RunError(f"{self.path} cannot be made: {error.strerror or error}; give another folder.") from error
         # What is raised from here on is not about the lock, and is told by whoever raises it.
         try:
+            shutil.rmtree(self / "scratch", ignore_errors=True)  # of a run that was killed
             yield
         finally:
             lock.release()
+
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """A folder for what is wanted for a moment. What a killed run left of it goes with the next `owned`."""
+        folder = self / "scratch"
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def stage(self, name: str, key: str, files: list[str]) -> bool:
         """Begin stage `name`. True if it was begun with this key before, so its files can be gone on with.

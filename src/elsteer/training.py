@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Protocol
 
 import torch
@@ -125,7 +124,7 @@ def train_energies(
         shuffle = settings.seed if settings.shuffle_outcomes else None
         energies = _train(run, prompts, completions, settings, layers, weight, progress, shuffle=shuffle)
         if through is not None:
-            energies = _refined(run, prompts, completions, settings, energies, weight, through, depth)
+            energies = _refined(run, prompts, completions, settings, energies, weight, through, depth, progress)
         save_energies(folder, energies)
         found[weight] = energies
     return found, key
@@ -162,6 +161,7 @@ def _refined(
     weight: float,
     through: Through,
     depth: int,
+    progress: Progress | None,
 ) -> Energies:
     """`energies`, all of neighbouring blocks, trained through the model."""
     band = sorted(energies.tensors)
@@ -171,8 +171,8 @@ def _refined(
     harmful = torch.tensor([one.harmful for one in prompts])
     scored = torch.tensor([one.label != "unscored" for one in completions])
     refused = torch.tensor([one.label == "refusal" for one in completions])
-    with TemporaryDirectory(dir=run.path) as folder:
-        states = store.read(ids, tokens=1, layers=blocks, mapped=Path(folder) / "states")[0][:, 0]
+    with run.scratch() as folder:
+        states = store.read(ids, tokens=1, layers=blocks, mapped=folder / "states")[0][:, 0]
         sharpness, reader = settings.training.refine_sharpness, None
         if sharpness:
             reader = _readers(energies.tensors, states, harmful, refused, scored, settings.training.ridge)
@@ -180,11 +180,16 @@ def _refined(
             energies.tensors, harm, reader=reader, sharpness=sharpness, pooled=settings.training.refine_pooled
         )
         if (read := context_blocks(settings, depth)) is not None:
-            values = store.values(ids, mapped=Path(folder) / "values")
+            values = store.values(ids, mapped=folder / "values")
             products.see(values, read, settings.training.context_heads, seed=settings.seed)
         products.to(through.device)
         if units := settings.training.refine_units:
-            products.add_units(states, harmful, units, seed=settings.seed)
+            told = (
+                None
+                if progress is None
+                else lambda done, total: progress("training what asks whether to refuse", done, total)
+            )
+            products.add_units(states, harmful, units, seed=settings.seed, progress=told)
             # u is log-odds, so a weight shifts it; trained on even weights it tells the kinds apart better.
             products.offset.data.sub_(math.log(weight))
         products.times(settings.training.refine_gain)
@@ -259,9 +264,9 @@ def _train(
         directions.update(zip(layers, harm_direction(found[:, 0], harmful), strict=True))
         return found[rows, places]
 
-    with TemporaryDirectory(dir=run.path) as folder:
+    with run.scratch() as folder:
         result = train(
-            (lambda at: states_of(at, Path(folder))) if settings.training.energy == "product" else every(),
+            (lambda at: states_of(at, folder)) if settings.training.energy == "product" else every(),
             [outcomes[row] for row in rows.tolist()],
             groups,
             list(layers),
