@@ -98,7 +98,7 @@ class TrainingSettings(_Settings):
         description="How far the counterpart of a state lies, in mean differences of the outcomes of its kind; 0: none.",
     )
     benign_weights: tuple[Annotated[float, Field(gt=0)], ...] = Field(
-        (10.0, 2.5, 1.6, 4.0, 6.3, 8.0, 13.0, 16.0),
+        (10.0, 1.6, 2.5, 4.0, 6.3, 16.0, 25.0, 40.0, 63.0),
         min_length=1,
         description="Weights of the benign half of the loss to try: a higher one turns spare safety into fewer false refusals.",
     )
@@ -116,7 +116,7 @@ class TuningSettings(_Settings):
     """Choosing layers, step length, steps, gate and window on the dev prompts, under the constraints."""
 
     etas: tuple[float, ...] = Field(
-        (0.06, 0.05, 0.08),
+        (0.05, 0.044, 0.07),
         description="Lengths of a step to try, in RMS state norms, the middle one first; 0.1: as trained through the model.",
     )
     band_share: float = Field(0.25, gt=0, le=1, description="Width of the layer bands to try, as a share of the depth.")
