@@ -36,8 +36,9 @@ MODEL = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
 SETTINGS = FitSettings(
     limit=1000,
     dev_limit=150,
+    attacks=(),  # nor what to do under attack
     collect=CollectSettings(full_answers=64, max_new_tokens=24),
-    training=TrainingSettings(benign_weights=(2.0, 1.3, 3.0)),
+    training=TrainingSettings(benign_weights=(2.0, 1.3, 3.0, 5.0)),
     tuning=TuningSettings(
         etas=(0.1,),  # a thousand prompts teach a shorter way than tens of thousands do
         kl=0.04,
@@ -52,6 +53,7 @@ SETTINGS = FitSettings(
     ),
 )
 TEST_PROMPTS = 120  # held-out starter prompts that are answered
+HARDER = ("twins/", "everyday/", "past/")  # families that a thousand prompts do not teach
 LONGEST = 90  # characters of a training prompt: the time goes into reading them
 
 
@@ -77,8 +79,7 @@ def fast_dtype() -> torch.dtype:
 
 def training_prompts() -> list[Prompt]:
     """The short starter prompts of the train split, without the closest twins and the everyday ones, which take longer."""
-    rest = ("twins/", "everyday/")
-    return [one for one in load_starter("train") if len(one.text) <= LONGEST and not one.family.startswith(rest)]
+    return [one for one in load_starter("train") if len(one.text) <= LONGEST and not one.family.startswith(HARDER)]
 
 
 def demo(
@@ -102,7 +103,7 @@ def demo(
             llm,
             tokenizer,
             training_prompts(),
-            dev=load_starter("dev"),
+            dev=[one for one in load_starter("dev") if not one.family.startswith("past/")],
             run_dir=run_dir,
             settings=settings,
             progress=progress,
