@@ -11,6 +11,7 @@ from elsteer.demo import demo
 pytestmark = pytest.mark.real
 
 
+@pytest.mark.timeout(2400)  # a machine that multiplies float32 alone takes a quarter of an hour
 def test_the_demo_removes_false_refusals_and_harmful_prompts_are_refused_no_less(tmp_path: Path) -> None:
     found = demo(run_dir=tmp_path)  # NothingHelps where no setting is safe
     benign, harmful = found.evaluation.comparisons()["total"]
