@@ -11,6 +11,9 @@ Parts: `fit`; a part for each method; `attacked`; `capability`; `quality`; `seed
 one after the other, or `--jobs` at a time, each in a process of its own (for a GPU; a part's output is then in RUN/PART.log).
 Killed and started again, it goes on where it was. `--publish` writes the figures of the parts that are done, and the landscape.
 
+--published: for a machine on which a fit takes too long. Nothing is fitted: the part `fit` takes the landscape that results/
+holds, and answers and reads as many training prompts as the other methods need. These are direct ones alone, those to tune on
+too, so that the other methods, unlike els, need not hold under attack.
 --reduced: for two cores; fewer dev prompts, 450 of each suite, 120 of each attacked and 1,200 of each capability set, no
 strengths beside the tuned one.
 --small: very few, to see that it works; nothing is written to results.
@@ -45,7 +48,7 @@ from elsteer.evaluation.plots import before_after_picture
 from elsteer.evaluation.statistics import Interval
 from elsteer.evaluation.tables import compare as by_set
 from elsteer.files import read_jsonl
-from elsteer.fitting import fit
+from elsteer.fitting import collect, fit
 from elsteer.landscape import Landscape
 from elsteer.prompts import Prompt, load_starter, read_prompts, sample
 from elsteer.settings import FitSettings, TrainingSettings, TuningSettings
@@ -67,6 +70,9 @@ TUNING = {
 # Of `--reduced`: dev prompts, by the start of their source.
 REDUCED_LIMIT, REDUCED_ATTACKED, REDUCED_CHOICES = 450, 120, 1200
 REDUCED_TRAIN = {"1.5b": 14_000}  # of the larger model two cores read five prompts a second
+EVIDENCE = (
+    8_000  # training prompts of the other methods under `--published`; those that train a network draw 4,000 at most
+)
 REDUCED_DEV = {"oktest": 120, "orbench_hard": 120, "harmbench": 36, "malicious_instruct": 88}
 REDUCED_STARTER = {"starter": 300, "starter-past": 120}
 REDUCED_ASIDE = {"orbench_toxic": 40, "advbench": 40, "do_not_answer": 120}
@@ -127,13 +133,15 @@ class Work:
     """One size: its folders, prompts, and the parts."""
 
     def __init__(self, size: str, data: Path, run: Path | None = None, *, reduced: bool = False, small: bool = False,
-                 dtype: str | None = None, batch_size: int = 64) -> None:  # fmt: skip
-        self.size, self.data, self.small, self.reduced = size, data, small, reduced
+                 published: Path | None = None, dtype: str | None = None, batch_size: int = 64) -> None:  # fmt: skip
+        self.size, self.data, self.small, self.reduced, self.published = size, data, small, reduced, published
         kind = "-small" if self.small else "-reduced" if self.reduced else ""
+        kind += "-published" if self.published else ""
         self.run = run or Path(f"runs/headline-{self.size}{kind}")
         self.dtype, self.batch = dtype, batch_size
         self.command = f"python benchmarks/headline_figures.py --data-dir DATA --size {self.size}"
         self.command += " --reduced" if self.reduced else ""
+        self.command += " --published" if self.published else ""
         self.limit = 12 if self.small else REDUCED_LIMIT if self.reduced else None
         self.strengths = (1.0,) if self.reduced else STRENGTHS
         self._model: tuple[object, object] | None = None
@@ -177,6 +185,12 @@ class Work:
 
     def fit(self, seed: int = 0) -> None:
         train, dev, neutral = self.prompts(seed)
+        if self.published:
+            settings = FitSettings(seed=seed, limit=EVIDENCE, attacks=(), training=TrainingSettings(refine_epochs=0),
+                                   tuning=TUNING[self.size])  # fmt: skip
+            collect(*self.model, train, Landscape.from_pretrained(self.published), dev=dev, run_dir=self.fitted(seed),
+                    settings=settings, progress=progress)  # fmt: skip
+            return
         limit = REDUCED_TRAIN.get(self.size) if self.reduced else None
         settings = FitSettings(seed=seed, limit=limit, training=TRAINING[self.size], tuning=TUNING[self.size])
         try:
@@ -190,6 +204,15 @@ class Work:
         return compare(*self.model, self.fitted(seed), methods, suites, out=folder, data_dir=self.data, limit=limit or self.limit,
                        strengths=strengths or self.strengths, batch_size=self.batch, progress=progress,
                        command=self.command)  # fmt: skip
+
+    def _share_plain(self, name: str) -> None:
+        """Give the part of a method the plain model's answers, where another method's part has them."""
+        to = self.run / "parts" / name / "rows"
+        known = next((one for one in METHODS if one != name and self.done(one)), None)
+        if known is not None and not to.exists():
+            to.mkdir(parents=True)
+            for file in (self.run / "parts" / known / "rows").glob("*.none.0.jsonl"):
+                shutil.copy(file, to)
 
     def attacked(self) -> ComparisonResult:
         return self.compare(("els",), self.run / "attacked", suites=ATTACKED, strengths=(1.0,),
@@ -234,6 +257,7 @@ class Work:
         elif name.startswith("seed-"):
             self.seed(int(name[5:]))
         elif name in METHODS:
+            self._share_plain(name)
             self.compare((name,), self.run / "parts" / name)
         else:
             getattr(self, name)()
@@ -330,7 +354,8 @@ def run_parts(work: Work, parts: list[str], jobs: int) -> None:
     """The parts, `jobs` at a time, each in its own process; the fit comes first, other seeds beside it."""
     arguments = ["--data-dir", str(work.data), "--size", work.size, "--run-dir", str(work.run)]
     arguments += ["--batch-size", str(work.batch), *(["--dtype", work.dtype] if work.dtype else [])]
-    arguments += [*(["--small"] if work.small else []), *(["--reduced"] if work.reduced else [])]
+    flags = {"--small": work.small, "--reduced": work.reduced, "--published": work.published}
+    arguments += [name for name, given in flags.items() if given]
 
     def one(name: str) -> None:
         work.run.mkdir(parents=True, exist_ok=True)
@@ -362,10 +387,13 @@ def main() -> int:
     parser.add_argument("--part", choices=names_of_parts(), action="append", help="this part alone; may be repeated")
     parser.add_argument("--publish", action="store_true", help="write the figures of the parts that are done")
     parser.add_argument("--reduced", action="store_true", help="fewer prompts, for two cores")
+    parser.add_argument("--published", action="store_true", help="the landscape in the results, nothing is fitted")
     parser.add_argument("--small", action="store_true", help="few prompts, and no results: to see that it works")
     options = parser.parse_args()
+    shipped = options.results / f"landscapes/{MODELS[options.size].split('/')[1].lower().removesuffix('-instruct')}"
     work = Work(options.size, options.data_dir, options.run_dir, reduced=options.reduced, small=options.small,
-                dtype=options.dtype, batch_size=options.batch_size)  # fmt: skip
+                published=shipped if options.published else None, dtype=options.dtype,
+                batch_size=options.batch_size)  # fmt: skip
     parts = options.part or ([] if options.publish else names_of_parts())
     if options.jobs > 1:
         run_parts(work, parts, options.jobs)
@@ -379,14 +407,22 @@ def main() -> int:
         sys.stdout.write(figures_markdown(figures))
         return 0
     page = options.results / "headline.json"
-    others = [one for one in read_figures(page) if not one.name.startswith(f"{work.size}.")] if page.exists() else []
-    page.unlink(missing_ok=True)  # no figure of an earlier fit stays
+    fitted = Landscape.from_pretrained(work.fitted() / "landscape")
+    # Of the parts that were not run this time, the figures of the same landscape stay, and those of no other.
+    same = shipped.is_dir() and Landscape.from_pretrained(shipped).digest() == fitted.digest()
+    names = {one.name for one in figures}
+    others = [
+        one
+        for one in (read_figures(page) if page.exists() else [])
+        if not one.name.startswith(f"{work.size}.") or (same and one.name not in names)
+    ]
+    page.unlink(missing_ok=True)
     write_figures(page, [*others, *figures])
     shutil.copy(work.run / "compare/frontier.png", options.results / f"frontier-{work.size}.png")
     shutil.copy(work.run / "compare/compare.md", options.results / f"compare-{work.size}.md")
     (options.results / f"before-after-{work.size}.png").write_bytes(work.before_after())
-    shipped = options.results / f"landscapes/{MODELS[work.size].split('/')[1].lower().removesuffix('-instruct')}"
-    Landscape.from_pretrained(work.fitted() / "landscape").save_pretrained(shipped)
+    if not same:
+        fitted.save_pretrained(shipped)
     return write_page(options.results)
 
 

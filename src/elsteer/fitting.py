@@ -28,7 +28,7 @@ from elsteer.files import write_atomic, write_jsonl
 from elsteer.glimpse import FirstTokenJudge
 from elsteer.judges import DESIRABLE, get_judge, outcome_of
 from elsteer.landscape import Landscape
-from elsteer.models import context_length, encode_chat, fingerprint, num_layers
+from elsteer.models import Fingerprint, context_length, encode_chat, fingerprint, num_layers
 from elsteer.openers import try_openers
 from elsteer.prompts import (
     Prompt,
@@ -47,7 +47,7 @@ from elsteer.states import StateStore
 from elsteer.training import Energies, context_blocks, is_refined, train_energies
 from elsteer.tuning import Trial, Tuner
 
-__all__ = ["fit", "neutral_prompts"]
+__all__ = ["collect", "fit", "neutral_prompts"]
 
 Progress = Callable[[str, int, int], None]
 DEV_NEUTRAL_CATEGORY = "plain"
@@ -80,37 +80,92 @@ def fit(
     settings = settings or FitSettings()
     run = RunFolder(run_dir)
     with run.owned():
-        # What can be wrong with the prompts or the judge's name is said before anything is deleted or computed.
-        get_judge(settings.collect.judge)
-        train_set, dev_set = _divide(prompts, dev, settings)
-        train_set = _attacked(model, tokenizer, train_set, settings, "train")
-        dev_set = _attacked(model, tokenizer, dev_set, settings, "dev")
-        quiet = told_apart(deduplicate(neutral)) if neutral is not None else neutral_prompts(settings)
-        if not quiet:
-            raise PromptError(
-                "There is no neutral prompt: give some everyday ones, or None for those that are shipped."
-            )
-        keep = settings.training.refine_memory if is_refined(settings) else 0
-        train_caches = _caches(model, tokenizer, train_set, settings, run, keep_bytes=keep)
-        dev_caches, neutral_caches = (_caches(model, tokenizer, some, settings, run) for some in (dev_set, quiet))
-        print_of = fingerprint(model, tokenizer, thinking=settings.collect.thinking)
-        depth = num_layers(model)
-        looked = context_blocks(settings, depth)
-        base_key = key_of(print_of.to_dict(), settings.collect.model_dump(), str(model.dtype), looked)
-        _write_inputs(run, settings, train_set, dev_set)
-        completions = _collect(run, train_caches, settings, base_key, looked, progress)
-        plain = _dev(run, dev_caches, settings, progress)
-        judged = {one.prompt_id: one.label for one in completions}
-        full = _in_full(train_set, settings)
-        rest = _refined_besides(train_set, full, settings)  # the groups in which both were answered
-        completions = _glimpse(run, train_caches, completions, plain, rest, settings, base_key, looked, progress)
-        through = _Through(train_caches, [full, rest] if rest else [full], judged, settings, progress)
-        energies, train_key = train_energies(run, train_set, completions, settings, base_key, depth, progress, through)
+        ready = _collected(model, tokenizer, prompts, run, dev, neutral, settings, progress)
+        judged = {one.prompt_id: one.label for one in ready.answered}
+        groups = [one for one in (ready.full, ready.rest) if one]
+        through = _Through(ready.train, groups, judged, settings, progress)
+        train_set, depth = ready.train.prompts, num_layers(model)
+        energies, train_key = train_energies(
+            run, train_set, ready.completions, settings, ready.key, depth, progress, through
+        )
         del through  # it holds the training prompts' caches, too
-        train_caches.forget()
-        bases = {weight: one.landscape(print_of) for weight, one in energies.items()}
-        trial, tuner = _tune(run, bases, dev_caches, plain, neutral_caches, settings, train_key, energies, progress)
+        ready.train.forget()
+        bases = {weight: one.landscape(ready.print_of) for weight, one in energies.items()}
+        trial, tuner = _tune(run, bases, ready.dev, ready.plain, ready.neutral, settings, train_key, energies, progress)
         return _finish(run, tuner, trial, energies, settings, command)
+
+
+def collect(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    landscape: Landscape,
+    *,
+    run_dir: str | Path,
+    dev: Sequence[Prompt] | None = None,
+    settings: FitSettings | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Answer and read `prompts` and `dev` as a fit does, and put `landscape`, fitted elsewhere, into run_dir.
+
+    What other methods learn from and are tuned on, so that `elsteer.comparison.compare` can measure them beside it.
+    Started again, it goes on where it was. Raises PromptError, RunError, and LandscapeError where it is of another model.
+    """
+    settings = settings or FitSettings()
+    run = RunFolder(run_dir)
+    with run.owned():
+        landscape.attach(model, 0.0, tokenizer=tokenizer).remove()
+        _collected(model, tokenizer, prompts, run, dev, None, settings, progress)
+        landscape.save_pretrained(run / "landscape")
+
+
+@dataclass
+class _Collected:
+    """What a fit knows once all prompts are answered and read."""
+
+    train: PromptCaches
+    dev: PromptCaches
+    neutral: PromptCaches
+    answered: list[Completion]  # of the training prompts `full`, in full
+    completions: list[Completion]  # of all training prompts; those not answered by their first tokens
+    plain: list[Completion]  # of the dev prompts
+    full: list[int]
+    rest: list[int]  # those trained on through the model besides `full`
+    print_of: Fingerprint
+    key: str
+
+
+def _collected(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    run: RunFolder,
+    dev: Sequence[Prompt] | None,
+    neutral: Sequence[Prompt] | None,
+    settings: FitSettings,
+    progress: Progress | None,
+) -> _Collected:
+    # What can be wrong with the prompts or the judge's name is said before anything is deleted or computed.
+    get_judge(settings.collect.judge)
+    train_set, dev_set = _divide(prompts, dev, settings)
+    train_set = _attacked(model, tokenizer, train_set, settings, "train")
+    dev_set = _attacked(model, tokenizer, dev_set, settings, "dev")
+    quiet = told_apart(deduplicate(neutral)) if neutral is not None else neutral_prompts(settings)
+    if not quiet:
+        raise PromptError("There is no neutral prompt: give some everyday ones, or None for those that are shipped.")
+    keep = settings.training.refine_memory if is_refined(settings) else 0
+    train_caches = _caches(model, tokenizer, train_set, settings, run, keep_bytes=keep)
+    dev_caches, neutral_caches = (_caches(model, tokenizer, some, settings, run) for some in (dev_set, quiet))
+    print_of = fingerprint(model, tokenizer, thinking=settings.collect.thinking)
+    looked = context_blocks(settings, num_layers(model))
+    key = key_of(print_of.to_dict(), settings.collect.model_dump(), str(model.dtype), looked)
+    _write_inputs(run, settings, train_set, dev_set)
+    answered = _collect(run, train_caches, settings, key, looked, progress)
+    plain = _dev(run, dev_caches, settings, progress)
+    full = _in_full(train_set, settings)
+    rest = _refined_besides(train_set, full, settings)
+    completions = _glimpse(run, train_caches, answered, plain, rest, settings, key, looked, progress)
+    return _Collected(train_caches, dev_caches, neutral_caches, answered, completions, plain, full, rest, print_of, key)
 
 
 @dataclass

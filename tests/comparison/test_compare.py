@@ -15,11 +15,13 @@ from elsteer import compare, fit
 from elsteer.comparison.compare import check_methods, known_methods, part_of
 from elsteer.comparison.result import ComparedMethod
 from elsteer.comparison.words import sentence
-from elsteer.errors import PromptError, RunError
+from elsteer.errors import LandscapeError, PromptError, RunError
 from elsteer.evaluation.figures import read_figures
 from elsteer.evaluation.statistics import Interval
 from elsteer.files import read_jsonl
+from elsteer.fitting import collect
 from elsteer.judges import JUDGES
+from elsteer.landscape import Landscape
 from elsteer.steering.methods.baseline import Candidate
 from elsteer.steering.methods.baselines import BASELINES
 from pipelines import Killed, LetterJudge, Tiny, dies_at, lines, some_prompts, speaker, tiny_settings
@@ -97,6 +99,28 @@ def test_every_method_answers_the_same_prompts(tiny: Tiny, fitted: Path, suite: 
     assert result.sentence in page
     assert all(f"| {name} |" in page for name in METHODS)
     assert (tmp_path / "out/frontier.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_methods_are_compared_with_a_landscape_that_was_fitted_elsewhere(
+    tiny: Tiny, fitted: Path, suite: Path, tmp_path: Path
+) -> None:
+    train, dev = some_prompts(160), some_prompts(48, start=200)
+    landscape = Landscape.from_pretrained(fitted / "landscape")
+    with pytest.raises(Killed):
+        collect(*tiny, train, landscape, run_dir=tmp_path / "run", dev=dev, settings=tiny_settings(),
+                progress=dies_at("answering the training prompts"))  # fmt: skip
+    assert not (tmp_path / "run/landscape").exists()
+    collect(*tiny, train, landscape, run_dir=tmp_path / "run", dev=dev, settings=tiny_settings())
+    assert not (tmp_path / "run/energy").exists()
+    given = {"budget": 3, "finalists": 2, "batch_size": 8, "judge": "letters"}
+    here, there = (
+        compare(*tiny, run, ["els", "caa"], [str(suite)], out=tmp_path / name, **given)
+        for name, run in (("here", tmp_path / "run"), ("there", fitted))
+    )
+    assert here.methods == there.methods
+    other = speaker(seed=1)
+    with pytest.raises(LandscapeError):
+        collect(*other, train, landscape, run_dir=tmp_path / "other", dev=dev, settings=tiny_settings())
 
 
 def test_every_method_has_the_same_budget(tiny: Tiny, fitted: Path, suite: Path, tmp_path: Path) -> None:
