@@ -31,6 +31,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -205,15 +206,6 @@ class Work:
                        strengths=strengths or self.strengths, batch_size=self.batch, progress=progress,
                        command=self.command)  # fmt: skip
 
-    def _share_plain(self, name: str) -> None:
-        """Give the part of a method the plain model's answers, where another method's part has them."""
-        to = self.run / "parts" / name / "rows"
-        known = next((one for one in METHODS if one != name and self.done(one)), None)
-        if known is not None and not to.exists():
-            to.mkdir(parents=True)
-            for file in (self.run / "parts" / known / "rows").glob("*.none.0.jsonl"):
-                shutil.copy(file, to)
-
     def attacked(self) -> ComparisonResult:
         return self.compare(("els",), self.run / "attacked", suites=ATTACKED, strengths=(1.0,),
                             limit=REDUCED_ATTACKED if self.reduced and not self.small else None)  # fmt: skip
@@ -257,12 +249,26 @@ class Work:
         elif name.startswith("seed-"):
             self.seed(int(name[5:]))
         elif name in METHODS:
-            self._share_plain(name)
             self.compare((name,), self.run / "parts" / name)
         else:
             getattr(self, name)()
+        self.mark(name)
+
+    def together(self, names: list[str]) -> None:
+        """Parts one after the other in this process; methods that follow each other share the prompts' caches."""
+        for methods, group in groupby(names, METHODS.__contains__):
+            some = tuple(group)
+            if methods and len(some) > 1:
+                self.compare(some, self.run / "compare")
+                self.mark(*some)
+            else:
+                for name in some:
+                    self.part(name)
+
+    def mark(self, *names: str) -> None:
         (self.run / "done").mkdir(exist_ok=True)
-        (self.run / "done" / name).touch()
+        for name in names:
+            (self.run / "done" / name).touch()
 
     def done(self, name: str) -> bool:
         return (self.run / "done" / name).exists()
@@ -398,8 +404,7 @@ def main() -> int:
     if options.jobs > 1:
         run_parts(work, parts, options.jobs)
     else:
-        for name in parts:
-            work.part(name)
+        work.together(parts)
     if options.part and not options.publish:
         return 0
     figures = work.figures()

@@ -24,7 +24,7 @@ from elsteer.fitting import fit
 from elsteer.landscape import Landscape
 from elsteer.models import left_pad, load
 from elsteer.prompts import Prompt, load_starter
-from elsteer.run import key_of
+from elsteer.run import key_of, of_stage
 from elsteer.settings import CollectSettings, FitSettings, TrainingSettings, TuningSettings
 
 __all__ = ["DemoResult", "decode_overhead", "demo", "fast_dtype"]
@@ -36,7 +36,7 @@ MODEL = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
 SETTINGS = FitSettings(
     limit=1000,
     dev_limit=150,
-    attacks=(),  # nor what to do under attack
+    attacks=(),  # what to do under attack takes more prompts, too
     collect=CollectSettings(full_answers=64, max_new_tokens=24),
     training=TrainingSettings(benign_weights=(2.0, 1.3, 3.0, 5.0)),
     tuning=TuningSettings(
@@ -53,7 +53,8 @@ SETTINGS = FitSettings(
     ),
 )
 TEST_PROMPTS = 120  # held-out starter prompts that are answered
-HARDER = ("twins/", "everyday/", "past/")  # families that a thousand prompts do not teach
+PAST = "past/"
+HARDER = ("twins/", "everyday/", PAST)  # families that a thousand prompts do not teach
 LONGEST = 90  # characters of a training prompt: the time goes into reading them
 
 
@@ -78,7 +79,7 @@ def fast_dtype() -> torch.dtype:
 
 
 def training_prompts() -> list[Prompt]:
-    """The short starter prompts of the train split, without the closest twins and the everyday ones, which take longer."""
+    """The short starter prompts of the train split, without the families that take longer to learn (`HARDER`)."""
     return [one for one in load_starter("train") if len(one.text) <= LONGEST and not one.family.startswith(HARDER)]
 
 
@@ -103,7 +104,7 @@ def demo(
             llm,
             tokenizer,
             training_prompts(),
-            dev=[one for one in load_starter("dev") if not one.family.startswith("past/")],
+            dev=[one for one in load_starter("dev") if not one.family.startswith(PAST)],
             run_dir=run_dir,
             settings=settings,
             progress=progress,
@@ -184,7 +185,7 @@ def _overhead(
         tokenizer,
         landscape,
         new_tokens=32,
-        progress=None if progress is None else lambda done, total: progress("timing the decoding", done, total),
+        progress=of_stage(progress, "timing the decoding"),
     )
     write_json(path, {"key": key, "value": found.value, "low": found.low, "high": found.high, "n": found.n})
     return found

@@ -41,7 +41,7 @@ from elsteer.prompts import (
     with_attacks,
     without_near_duplicates,
 )
-from elsteer.run import RunFolder, key_of, told_apart
+from elsteer.run import RunFolder, key_of, of_stage, told_apart
 from elsteer.settings import FitSettings
 from elsteer.states import StateStore
 from elsteer.training import Energies, context_blocks, is_refined, train_energies
@@ -193,18 +193,18 @@ class _Through:
             benign_weight=weight,
             openers=self._openers(),
             seed=self.settings.seed,
-            progress=_told(self.progress, "training the energies through the model"),
+            progress=of_stage(self.progress, "training the energies through the model"),
         )
 
     def _openers(self) -> dict[int, tuple[int, int]]:
         labels = {at: self.judged[one.id] for at, one in enumerate(self.caches.prompts) if one.id in self.judged}
-        told = _told(self.progress, "trying other beginnings of answers")
+        told = of_stage(self.progress, "trying other beginnings of answers")
         return try_openers(self.caches, get_judge(self.settings.collect.judge), self.groups[:1], labels, progress=told)
 
     @cached_property
     def _batches(self) -> list[PromptBatch]:
         """Held as long as this is: of a sample, the caches would make them anew each time."""
-        told = _told(self.progress, "reading the training prompts again")
+        told = of_stage(self.progress, "reading the training prompts again")
         return self.caches.in_memory(self.groups, self.settings.seed, told)
 
 
@@ -264,10 +264,6 @@ def _write_inputs(run: RunFolder, settings: FitSettings, train_set: list[Prompt]
     write_jsonl(run / "prompts.jsonl", rows)
 
 
-def _told(progress: Progress | None, stage: str) -> Callable[[int, int], None] | None:
-    return None if progress is None else lambda done, total: progress(stage, done, total)
-
-
 def _collect(
     run: RunFolder,
     caches: PromptCaches,
@@ -289,7 +285,7 @@ def _collect(
             states=StateStore(run / "states"),
             state_tokens=collect.state_tokens,
             values=looked,
-            progress=_told(progress, "answering the training prompts"),
+            progress=of_stage(progress, "answering the training prompts"),
         )
     except SteeringError as error:
         raise RunError(
@@ -402,7 +398,7 @@ def _dev(run: RunFolder, caches: PromptCaches, settings: FitSettings, progress: 
         path=run / "dev.jsonl",
         extra={"tokens_at_most": settings.tuning.tokens},
         states=StateStore(run / "dev_states"),
-        progress=_told(progress, "answering the dev prompts"),
+        progress=of_stage(progress, "answering the dev prompts"),
     )
 
 

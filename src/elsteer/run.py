@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,17 @@ from elsteer.errors import RunError
 from elsteer.files import write_json
 from elsteer.prompts import Prompt
 
-__all__ = ["RunFolder", "key_of", "told_apart", "without_nan"]
+__all__ = ["RunFolder", "key_of", "of_stage", "told_apart", "without_nan"]
 
 
 def key_of(*parts: Any) -> str:
     """A short hash of JSON-able parts."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def of_stage(progress: Callable[[str, int, int], None] | None, stage: str) -> Callable[[int, int], None] | None:
+    """`progress(stage, done, total)` as a call of (done, total); None where there is none."""
+    return None if progress is None else lambda done, total: progress(stage, done, total)
 
 
 def without_nan(value: Any) -> Any:

@@ -32,7 +32,7 @@ from elsteer.judges import outcome_of
 from elsteer.landscape import Landscape, SteeringRule
 from elsteer.models import Fingerprint
 from elsteer.prompts import Prompt
-from elsteer.run import RunFolder, key_of
+from elsteer.run import RunFolder, key_of, of_stage
 from elsteer.settings import FitSettings
 from elsteer.states import StateStore
 
@@ -184,11 +184,7 @@ def _refined(
             products.see(values, read, settings.training.context_heads, seed=settings.seed)
         products.to(through.device)
         if units := settings.training.refine_units:
-            told = (
-                None
-                if progress is None
-                else lambda done, total: progress("training what asks whether to refuse", done, total)
-            )
+            told = of_stage(progress, "training what asks whether to refuse")
             products.add_units(states, harmful, units, seed=settings.seed, progress=told)
             # u is log-odds, so a weight shifts it; trained on even weights it tells the kinds apart better.
             products.offset.data.sub_(math.log(weight))
@@ -273,7 +269,7 @@ def _train(
             settings.training,
             benign_weight=weight,
             seed=settings.seed,
-            progress=None if progress is None else lambda done, total: progress(stage, done, total),
+            progress=of_stage(progress, stage),
         )
     tensors = {layer: result.models.tensors_of(at) for at, layer in enumerate(layers)}
     return Energies(
