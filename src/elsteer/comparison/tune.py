@@ -24,12 +24,14 @@ from elsteer.decoding import score
 from elsteer.errors import RunError
 from elsteer.evaluation.quality import kl_of_logits
 from elsteer.files import read_jsonl
+from elsteer.run import key_of
 from elsteer.steering.methods.baseline import Candidate
 from elsteer.tuning import Trial, Tuner
 
 __all__ = ["BUDGET", "FINALISTS", "Tuned", "tune_baseline"]
 
 BUDGET, FINALISTS = 24, 4
+_UNSTEERED = ("_openers", "_plain_first", "_plain_answers", "_plain_neutral", "_plain_logits")
 Caches = Callable[[str], tuple[PromptCaches, PromptCaches]]
 
 
@@ -78,10 +80,8 @@ class _BaselineTuner(Tuner):
     def __init__(
         self, shared: Tuner, candidates: Sequence[Candidate], path: Path, with_system: Caches | None, made: str
     ) -> None:
-        # What does not depend on the method is shared: caches, plain answers, first tokens, logits.
-        shared._first_tokens()
-        shared.plain_neutral()
         self.__dict__.update(copy.copy(shared).__dict__)
+        self.shared = shared
         self.candidates = {_key(one): one for one in candidates}
         self.path, self.with_system, self.made = path, with_system, made
         self.trials = {row["key"]: Trial.from_row(row["trial"]) for row in read_jsonl(path)}
@@ -109,7 +109,16 @@ class _BaselineTuner(Tuner):
         return Tuned(self.landscape(best.rule), best, bool(kept), [*screened, *judged])
 
     def _tried(self, rule: dict[str, Any], stage: str, run: Callable[[dict[str, Any]], Trial]) -> Trial:
-        return super()._tried(rule, f"{stage} {self.made}" if self.made else stage, run)
+        stage = f"{stage} {self.made}" if self.made else stage
+        if key_of(stage, rule) not in self.trials:
+            self._take_over()
+        return super()._tried(rule, stage, run)
+
+    def _take_over(self) -> None:
+        """What the model does unsteered, which is computed once for all methods."""
+        self.shared._first_tokens()
+        self.shared.plain_neutral()
+        self.__dict__.update({name: self.shared.__dict__[name] for name in _UNSTEERED})
 
     def _screened(self, rule: dict[str, Any]) -> Trial:
         with _Caches(self, rule):
