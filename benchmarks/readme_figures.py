@@ -67,9 +67,10 @@ def before_and_after(of_size: dict[str, Figure]) -> list[str]:
         "arc_difference": ("ARC, points", tenths),
         "truthfulqa_difference": ("TruthfulQA, points", tenths),
     }
-    known = [f"{words}: {write(of_size[name])}" for name, (words, write) in told.items() if name in of_size]
+    known = {name: f"{words}: {write(of_size[name])}" for name, (words, write) in told.items() if name in of_size}
+    others = {of_size[name].model.rpartition(", ")[2] for name in known} - {dtype}
     if known:
-        lines.append(f"Besides: {'; '.join(known)}.")
+        lines.append(f"Besides{f', in {others.pop()}' if others else ''}: {'; '.join(known.values())}.")
     harm = {SETS[name]: of_size[f"harmful_difference.{name}"] for name in SETS if name not in BENIGN}
     fell = [label for label, one in harm.items() if one.value < 0 <= one.high]
     if fell:
@@ -104,9 +105,10 @@ def not_kept(lost: list[str]) -> list[str]:
 
 def methods(of_size: dict[str, Figure], size: str) -> list[str]:
     """A row for each method."""
+    direct = "--published" in of_size["removed"].command
     lines = [
         "",
-        "Every method tuned by the same tuner on the same dev prompts:",
+        f"Every method tuned by the same tuner on the same dev prompts{', els also on attacks' if direct else ''}:",
         "",
         "| method | removed, XSTest safe | OR-Bench-hard | harmful refusals, points: all | HarmBench | XSTest unsafe |",
         "|---|---|---|---|---|---|",
