@@ -203,8 +203,8 @@ class Work:
     def compare(self, methods: tuple[str, ...], folder: Path, *, seed: int = 0, suites: tuple[str, ...] = SUITES,
                 strengths: tuple[float, ...] | None = None, limit: int | None = None) -> ComparisonResult:  # fmt: skip
         return compare(*self.model, self.fitted(seed), methods, suites, out=folder, data_dir=self.data, limit=limit or self.limit,
-                       strengths=strengths or self.strengths, batch_size=self.batch, progress=progress,
-                       command=self.command)  # fmt: skip
+                       strengths=strengths or self.strengths, finalists=TUNING[self.size].finalists,
+                       batch_size=self.batch, progress=progress, command=self.command)  # fmt: skip
 
     def attacked(self) -> ComparisonResult:
         return self.compare(("els",), self.run / "attacked", suites=ATTACKED, strengths=(1.0,),
