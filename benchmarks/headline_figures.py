@@ -71,9 +71,8 @@ TUNING = {
 # Of `--reduced`: dev prompts, by the start of their source.
 REDUCED_LIMIT, REDUCED_ATTACKED, REDUCED_CHOICES = 450, 120, 1200
 REDUCED_TRAIN = {"1.5b": 14_000}  # of the larger model two cores read five prompts a second
-EVIDENCE = (
-    8_000  # training prompts of the other methods under `--published`; those that train a network draw 4,000 at most
-)
+# Training prompts of the other methods under `--published`; those that train a network draw 4,000 at most.
+EVIDENCE = 8_000
 REDUCED_DEV = {"oktest": 120, "orbench_hard": 120, "harmbench": 36, "malicious_instruct": 88}
 REDUCED_STARTER = {"starter": 300, "starter-past": 120}
 REDUCED_ASIDE = {"orbench_toxic": 40, "advbench": 40, "do_not_answer": 120}
