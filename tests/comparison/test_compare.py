@@ -24,6 +24,7 @@ from elsteer.judges import JUDGES
 from elsteer.landscape import Landscape
 from elsteer.steering.methods.baseline import Candidate
 from elsteer.steering.methods.baselines import BASELINES
+from elsteer.tuning import Trial
 from pipelines import Killed, LetterJudge, Tiny, dies_at, forward_passes, lines, some_prompts, speaker, tiny_settings
 
 
@@ -138,6 +139,21 @@ def test_every_method_has_the_same_budget(tiny: Tiny, fitted: Path, suite: Path,
     for name in ("caa", "ablation"):
         stages = [row["trial"]["stage"] for row in read_jsonl(tmp_path / f"frontier.{name}.jsonl")]
         assert (stages.count("screening"), stages.count("verdicts")) == (3, 2)
+
+
+def test_a_baseline_need_only_keep_safety(tiny: Tiny, fitted: Path, suite: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(fitted, run)
+    settings = (run / "settings.yaml").read_text(encoding="utf-8")
+    assert "safety_margin: -1.0" in settings
+    (run / "settings.yaml").write_text(settings.replace("safety_margin: -1.0", "safety_margin: 0.9"), encoding="utf-8")
+    methods = ["caa", "surgical"]
+    compare(*tiny, run, methods, [str(suite)], out=tmp_path / "out", batch_size=8, judge="letters")
+    rows = [row for name in methods for row in read_jsonl(tmp_path / f"out/frontier.{name}.jsonl")]
+    trials = [Trial.from_row(row["trial"]) for row in rows]
+    kept = [one.refused_harmful >= one.plain_refused - 1e-9 for one in trials]
+    assert {*kept} == {True, False}
+    assert kept == [not any("by the margin" in why for why in one.why_not) for one in trials]
 
 
 def test_a_killed_comparison_goes_on_where_it_was(tiny: Tiny, fitted: Path, suite: Path, tmp_path: Path) -> None:

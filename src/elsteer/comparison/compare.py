@@ -1,7 +1,8 @@
 """`compare`: methods against over-refusal side by side, on the same prompts, with the same judge and the same tuning budget.
 
 `els` and its controls come from the run folder of a fit; the baselines learn from that fit's training prompts
-(`elsteer.steering.evidence`) and are tuned on its dev prompts (`elsteer.comparison.tune`). Then each answers the suites.
+(`elsteer.steering.evidence`) and are tuned on its dev prompts (`elsteer.comparison.tune`), under its constraints but one: it is
+enough that they refuse no fewer harmful prompts than the plain model, where els must refuse more. Then each answers the suites.
 
 Files in the output folder: frontier.METHOD.jsonl (every trial on dev), rows/SUITE.METHOD.STRENGTH.jsonl (an answer a row),
 compare.json (figures), compare.md (the table), frontier.png.
@@ -45,7 +46,7 @@ from elsteer.landscape import Landscape
 from elsteer.models import fingerprint
 from elsteer.prompts import Prompt, load_suite, suite_name
 from elsteer.run import RunFolder, key_of, told_apart
-from elsteer.settings import FitSettings
+from elsteer.settings import FitSettings, TuningSettings
 from elsteer.steering.attach import Steering
 from elsteer.steering.evidence import Evidence
 from elsteer.steering.methods.baseline import Candidate
@@ -203,6 +204,12 @@ class _Work:
         )
 
     @property
+    def tuning(self) -> TuningSettings:
+        """How baselines are tuned: as the fit was, but that they need only keep safety, and not raise it."""
+        fitted = self.settings.tuning
+        return fitted.model_copy(update={"safety_margin": min(0.0, fitted.safety_margin)})
+
+    @property
     def tuner(self) -> Tuner:
         """The fit's tuner over its dev prompts; what baselines share."""
         if self._tuner is None:
@@ -224,7 +231,7 @@ class _Work:
                 self.caches(self.neutral),
                 get_judge(self.settings.collect.judge),
                 None,
-                self.settings.tuning,
+                self.tuning,
                 self.run / "no-trials.jsonl",
                 self.progress,
             )
@@ -266,7 +273,7 @@ class _Work:
             made=key_of(
                 self.key,
                 self._made(name),
-                self.settings.tuning.model_dump(mode="json", exclude=_OF_ELS_ALONE),
+                self.tuning.model_dump(mode="json", exclude=_OF_ELS_ALONE),
                 [one.id for one in (*self.dev, *self.neutral)],
             ),
         )

@@ -35,8 +35,8 @@ def false_refusal_direction(evidence: Evidence, layer: int, orthogonal: float = 
 
 def _surgical(evidence: Evidence) -> list[Candidate]:
     depth, found = evidence.depth, []
-    for orthogonal in (1.0, 0.5):
-        for source in dict.fromkeys(layer_at(share, depth) for share in (0.4, 0.5, 0.6, 0.7)):
+    for orthogonal in (1.0, 0.75, 0.5):
+        for source in dict.fromkeys(layer_at(share, depth) for share in (0.5, 0.6)):
             direction = false_refusal_direction(evidence, source, orthogonal)
             spots = dict.fromkeys(range(depth), direction)
             found += _grid("global", spots, EVERY_TOKEN, source, orthogonal)
