@@ -18,10 +18,11 @@ import yaml
 
 import elsteer
 from elsteer.cli import app
+from elsteer.comparison.compare import compare
 from elsteer.evaluation.evaluate import evaluate
 from elsteer.evaluation.figures import read_figures
 from elsteer.files import append_jsonl
-from elsteer.fitting import fit
+from elsteer.fitting import collect, fit
 from elsteer.models import load
 from elsteer.prompts import FAMILIES, SUITES
 from elsteer.settings import FitSettings
@@ -224,8 +225,10 @@ def test_python_examples_run(name: str, tmp_path: Path, monkeypatch: pytest.Monk
         (load, (model, tokenizer)),
         (fit, landscape),
         (evaluate, SimpleNamespace(sentence="Fewer refusals.")),
+        (compare, SimpleNamespace(sentence="Fewer refusals.")),
     ):
         monkeypatch.setattr(elsteer, function.__name__, checked(function, result), raising=False)
+    monkeypatch.setattr("elsteer.fitting.collect", checked(collect, None))
     monkeypatch.chdir(tmp_path)
     landscape.save_pretrained(tmp_path / "runs/demo/landscape")
     trial = Trial(tiny_rule(), "screening", 0.8, 0.9, 0.5, 0.88)
