@@ -80,16 +80,20 @@ def before_and_after(of_size: dict[str, Figure]) -> list[str]:
     return lines + not_kept([label for label, one in harm.items() if one.high < 0])
 
 
-def of_main(figures: dict[str, Figure]) -> list[str]:
-    """The controls and the time, of results/main.json."""
+def of_main(figures: dict[str, Figure], controls: bool) -> list[str]:
+    """The time, and with `controls` the controls, of results/main.json."""
     random, shuffled = ([figures[f"{one}.{name}"] for one in ("removed", "harmful_difference")] for name in CONTROLS)
     slower = figures["decode.overhead"]
-    return [
-        "",
+    told = [
         "Controls, of the false refusals on both benign sets: a random direction of the same length removes",
         f"{share(random[0])} at {points(random[1])} points on XSTest unsafe, energies of shuffled outcomes {share(shuffled[0])}",
-        f"at {points(shuffled[1])} ({shuffled[0].note}). Decoding 64 tokens, batch 8: {ratio(slower)} times the plain",
-        f"time ([results/main.md](results/main.md): `{random[0].command}`).",
+        f"at {points(shuffled[1])} ({shuffled[0].note}).",
+    ]
+    return [
+        "",
+        *(told if controls else []),
+        f"Decoding 64 tokens, batch 8: {ratio(slower)} times the plain time",
+        f"([results/main.md](results/main.md): `{slower.command}`).",
     ]
 
 
@@ -153,7 +157,8 @@ def main() -> None:
             continue
         lines += ["", *before_and_after(of_size)] if lines else before_and_after(of_size)
         if size == SIZES[0]:
-            lines += of_main({one.name: one for one in read_figures(ROOT / "results/main.json")})
+            main = {one.name: one for one in read_figures(ROOT / "results/main.json")}
+            lines += of_main(main, controls="random.removed" not in of_size)
         lines += methods(of_size, size)
     put("figures", "\n".join(lines))
     sys.stdout.write("The figures of README.md are made from results/headline.json and results/main.json.\n")
