@@ -351,13 +351,24 @@ class Work:
         return found
 
 
-def names_of_parts() -> list[str]:
-    return ["fit", *(f"seed-{seed}" for seed in SEEDS[1:]), *METHODS, "attacked", "capability", "quality"]
+def names_of_parts(fitted: bool = True) -> list[str]:
+    """fitted: whether anything is; other seeds are other fits."""
+    seeds = [f"seed-{seed}" for seed in SEEDS[1:]] if fitted else []
+    return ["fit", *seeds, *METHODS, "attacked", "capability", "quality"]
 
 
-def run_parts(work: Work, parts: list[str], jobs: int) -> None:
+def run_parts(work: Work, parts: list[str], jobs: int, results: Path) -> None:
     """The parts, `jobs` at a time, each in its own process; the fit comes first, other seeds beside it."""
-    arguments = ["--data-dir", str(work.data), "--size", work.size, "--run-dir", str(work.run)]
+    arguments = [
+        "--data-dir",
+        str(work.data),
+        "--size",
+        work.size,
+        "--run-dir",
+        str(work.run),
+        "--results",
+        str(results),
+    ]
     arguments += ["--batch-size", str(work.batch), *(["--dtype", work.dtype] if work.dtype else [])]
     flags = {"--small": work.small, "--reduced": work.reduced, "--published": work.published}
     arguments += [name for name, given in flags.items() if given]
@@ -399,9 +410,12 @@ def main() -> int:
     work = Work(options.size, options.data_dir, options.run_dir, reduced=options.reduced, small=options.small,
                 published=shipped if options.published else None, dtype=options.dtype,
                 batch_size=options.batch_size)  # fmt: skip
-    parts = options.part or ([] if options.publish else names_of_parts())
+    known = names_of_parts(fitted=not options.published)
+    parts = options.part or ([] if options.publish else known)
+    if unknown := [name for name in parts if name not in known]:
+        parser.error(f"--published fits nothing, so there is no part {unknown[0]}: leave one of the two out")
     if options.jobs > 1:
-        run_parts(work, parts, options.jobs)
+        run_parts(work, parts, options.jobs, options.results)
     else:
         work.together(parts)
     if options.part and not options.publish:

@@ -86,7 +86,6 @@ class _BaselineTuner(Tuner):
         self.path, self.with_system, self.made = path, with_system, made
         self.trials = {row["key"]: Trial.from_row(row["trial"]) for row in read_jsonl(path)}
         self.own: dict[str, tuple[PromptCaches, PromptCaches]] = {}
-        self.plain_caches = shared.dev, shared.neutral
 
     def landscape(self, rule: dict[str, Any]) -> Any:
         """The candidate of these settings."""
@@ -139,7 +138,7 @@ class _BaselineTuner(Tuner):
         given = {
             one: answer.tokens[: self.settings.quality_tokens] or [0] for one, answer in self.plain_neutral().items()
         }
-        before = _logits(self.plain_caches[1], given)
+        before = _logits(self.shared.neutral, given)
         found = [float(kl_of_logits(before[one].float(), q)) for one, q in _logits(self.neutral, given).items()]
         return sum(found) / len(found)
 
@@ -160,7 +159,7 @@ class _Caches:
         self.tuner.dev, self.tuner.neutral = self.tuner.own[self.system]
 
     def __exit__(self, *_: object) -> None:
-        self.tuner.dev, self.tuner.neutral = self.tuner.plain_caches
+        self.tuner.dev, self.tuner.neutral = self.tuner.shared.dev, self.tuner.shared.neutral
 
 
 def _logits(caches: PromptCaches, given: dict[str, list[int]]) -> dict[str, Tensor]:
