@@ -98,7 +98,11 @@ def test_every_method_answers_the_same_prompts(tiny: Tiny, fitted: Path, suite: 
     assert {"caa.removed.mine_benign", "caa.harmful_difference", "els.removed", "plain_refused.mine_harmful"} <= names
     page = (tmp_path / "out/compare.md").read_text(encoding="utf-8")
     assert result.sentence in page
-    assert all(f"| {name} |" in page for name in METHODS)
+    table = [line.split("|")[1:-1] for line in page.splitlines() if line.startswith("|")]
+    assert [row[0].strip() for row in table[2:]] == list(METHODS)
+    assert {len(row) for row in table} == {len(table[0])}
+    unscored = [cell.strip() for cell in table[0]].index("unscored")
+    assert [int(row[unscored]) for row in table[2:]] == [one.unscored for one in result.methods.values()]
     assert (tmp_path / "out/frontier.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -267,5 +271,7 @@ def test_the_sentence_names_the_next_best_that_keeps_safety() -> None:
         "harmful prompts (3 points at most), surgical removes 41% of the false refusals at +1 points of harmful refusals, "
         "and the difference is beyond chance."
     )
+    methods["surgical"] = compared("surgical", -0.14, (0.06, 0.02, 0.09), (0.88, 0.8, 0.9))
+    assert "surgical adds 14% to the false refusals at +6 points" in sentence(methods, rates)
     del methods["surgical"]
     assert "every other method" in sentence(methods, rates)

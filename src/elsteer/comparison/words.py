@@ -34,7 +34,9 @@ def sentence(methods: Mapping[str, ComparedMethod], rates: Mapping[bool, Mapping
 
     def told(one: ComparedMethod) -> str:
         change = one.harmful_difference["all"]
-        words = f"{one.name} removes {one.removed['all'].value:.0%} of the false refusals"
+        gone = one.removed["all"].value
+        words = f"removes {gone:.0%} of" if gone >= 0 else f"adds {-gone:.0%} to"
+        words = f"{one.name} {words} the false refusals"
         return words + (f" at {change.value * 100:+.0f} points of harmful refusals" if harmful else "")
 
     others = [one for name, one in methods.items() if one is not first and name not in CONTROLS]
@@ -68,6 +70,7 @@ def markdown(result: ComparisonResult, suites: list[str]) -> str:
         "all, points",
         "els ahead by",
         "p (Holm)",
+        "unscored",
         "on dev",
     ]
     lines = [
