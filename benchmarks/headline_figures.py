@@ -149,7 +149,8 @@ class Work:
     @property
     def model(self):  # type: ignore[no-untyped-def]
         if self._model is None:
-            self._model = elsteer.load(MODELS[self.size], dtype=self.dtype or fast_dtype())
+            revision = Landscape.from_pretrained(self.published).fingerprint.revision if self.published else None
+            self._model = elsteer.load(MODELS[self.size], revision=revision, dtype=self.dtype or fast_dtype())
         return self._model
 
     def prompts(self, seed: int) -> tuple[list[Prompt], list[Prompt], list[Prompt]]:

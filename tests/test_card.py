@@ -12,7 +12,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from elsteer.card import landscape_card
-from elsteer.models import Fingerprint
+from elsteer.models import MIRRORS, Fingerprint
 from elsteer.steering.rule import SteeringRule
 
 MODEL = Fingerprint(
@@ -48,6 +48,13 @@ def test_the_hub_reads_its_front_matter() -> None:
     assert data.license == "apache-2.0"
     assert "over-refusal" in data.tags
     assert ModelCard(card(provenance={"license": "mit"})).data.license == "mit"
+
+
+def test_a_model_that_only_the_registry_has_is_named_with_its_revision() -> None:
+    assert 'elsteer.load("Qwen/Qwen2.5-Coder-0.5B-Instruct")\n' in card()
+    pin = MIRRORS[str(MODEL.name)].sha256
+    call = f'elsteer.load("Qwen/Qwen2.5-Coder-0.5B-Instruct", revision="{pin}")\n'
+    assert call in card(model=replace(MODEL, revision=pin))
 
 
 def test_it_says_which_model_and_how_it_steers() -> None:

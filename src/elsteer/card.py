@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 from jinja2 import Environment, StrictUndefined
 
-from elsteer.models import Fingerprint
+from elsteer.models import Fingerprint, is_pinned
 from elsteer.steering.rule import SteeringRule
 
 __all__ = ["landscape_card"]
@@ -45,7 +45,7 @@ def landscape_card(
         name=json.dumps(name if _is_hub_id(name) else Path(name).name),
         base=base,
         model=_shown(fingerprint),
-        load=json.dumps(base or "path/to/the/model"),
+        load=json.dumps(base or "path/to/the/model") + _pin(fingerprint),
         revision=fingerprint.revision,
         fingerprint=fingerprint,
         thinking={None: "the template's default", True: "on", False: "off"}[fingerprint.thinking],
@@ -66,6 +66,11 @@ def _shown(fingerprint: Fingerprint) -> str:
     if fingerprint.name is None:
         return fingerprint.architecture
     return fingerprint.name if _is_hub_id(fingerprint.name) else Path(fingerprint.name).name
+
+
+def _pin(fingerprint: Fingerprint) -> str:
+    """The revision as an argument, where only the package registry has that model."""
+    return f", revision={json.dumps(fingerprint.revision)}" if is_pinned(fingerprint.name, fingerprint.revision) else ""
 
 
 def _figures(rows: Any) -> list[dict[str, str]]:

