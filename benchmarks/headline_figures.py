@@ -7,9 +7,10 @@ starter prompts of the train split; tuned on dev rows, the rows set aside and th
 by the same tuner on the same dev rows (`elsteer compare`); reported on test rows that nothing was chosen by, and under
 families of attacks that nothing was fitted on.
 
-Parts: `fit`; a part for each method; `attacked`; `capability`; `quality`; `seed-1` and `seed-2`, two more fits. All of them run
-one after the other, or `--jobs` at a time, each in a process of its own (for a GPU; a part's output is then in RUN/PART.log).
-Killed and started again, it goes on where it was. `--publish` writes the figures of the parts that are done, and the landscape.
+Parts: `fit`; a part for each method; `attacked`; `capability`; `quality`; `decoding`, which times it and wants an idle machine;
+`seed-1` and `seed-2`, two more fits. All of them run one after the other, or `--jobs` at a time, each in a process of its own
+(for a GPU; a part's output is then in RUN/PART.log). Killed and started again, it goes on where it was. `--publish` writes the
+figures of the parts that are done, and the landscape.
 
 --published: for a machine on which a fit takes too long. Nothing is fitted: the part `fit` takes the landscape that results/
 holds, and answers and reads as many training prompts as the other methods need. These are direct ones alone, those to tune on
@@ -22,6 +23,7 @@ strengths beside the tuned one.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import shutil
@@ -30,7 +32,8 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -40,7 +43,7 @@ from readme_figures import SETS
 import elsteer
 from elsteer.comparison.compare import compare, known_methods, part_of
 from elsteer.comparison.result import ComparisonResult
-from elsteer.demo import fast_dtype
+from elsteer.demo import decode_overhead, fast_dtype
 from elsteer.errors import NothingHelps
 from elsteer.evaluation.capability import TASKS, capability
 from elsteer.evaluation.evaluate import evaluate
@@ -48,7 +51,7 @@ from elsteer.evaluation.figures import Figure, figures_markdown, machine, read_f
 from elsteer.evaluation.plots import before_after_picture
 from elsteer.evaluation.statistics import Interval
 from elsteer.evaluation.tables import compare as by_set
-from elsteer.files import read_jsonl
+from elsteer.files import read_jsonl, write_json
 from elsteer.fitting import collect, fit
 from elsteer.landscape import Landscape
 from elsteer.prompts import Prompt, load_starter, read_prompts, sample
@@ -242,6 +245,17 @@ class Work:
                         limit=self.limit, quality_prompts=200, batch_size=self.batch, progress=progress,
                         command=self.command)  # fmt: skip
 
+    def decoding(self) -> Interval:
+        """Steered over plain time of decoding, measured once for each landscape and dtype."""
+        landscape, path = Landscape.from_pretrained(self.fitted() / "landscape"), self.run / "decoding.json"
+        key = [landscape.digest(), str(self.model[0].dtype)]
+        told = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if told.pop("key", None) != key:
+            found = decode_overhead(*self.model, landscape, progress=partial(progress, "timing the decoding"))
+            told = asdict(found)
+            write_json(path, {"key": key, **told})
+        return Interval(**told)
+
     def part(self, name: str) -> None:
         """One part by name."""
         if name == "fit":
@@ -342,6 +356,12 @@ class Work:
         if self.done("quality"):
             whole = self.quality()
             add("quality.perplexity_ratio", whole.perplexity["els"], "XSTest safe prompts that the plain model answers")
+        if self.done("decoding"):
+            add(
+                "decode.overhead",
+                self.decoding(),
+                "64 tokens, batch 8, steered over plain in lockstep, first pass included",
+            )
         fits = [table, *(self.seed(seed) for seed in SEEDS[1:] if self.done(f"seed-{seed}"))]
         for name in ("removed.xstest_safe", "removed.or_bench_hard", "harmful_difference"):
             kind, _, part = name.partition(".")
@@ -355,7 +375,7 @@ class Work:
 def names_of_parts(fitted: bool = True) -> list[str]:
     """fitted: whether anything is; other seeds are other fits."""
     seeds = [f"seed-{seed}" for seed in SEEDS[1:]] if fitted else []
-    return ["fit", *seeds, *METHODS, "attacked", "capability", "quality"]
+    return ["fit", *seeds, *METHODS, "attacked", "capability", "quality", "decoding"]
 
 
 def run_parts(work: Work, parts: list[str], jobs: int, results: Path) -> None:
