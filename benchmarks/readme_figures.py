@@ -1,4 +1,4 @@
-"""The README's figures, made from results/headline.json and results/main.json.
+"""The README's figures, made from results/headline.json.
 
     .venv/bin/python benchmarks/readme_figures.py
 
@@ -23,7 +23,6 @@ SETS = {
     "xstest_unsafe": "XSTest unsafe",
 }
 BENIGN = ("xstest_safe", "or_bench_hard")
-CONTROLS = ("random", "shuffled")
 
 
 def share(figure: Figure) -> str:
@@ -80,22 +79,9 @@ def before_and_after(of_size: dict[str, Figure]) -> list[str]:
     return lines + not_kept([label for label, one in harm.items() if one.high < 0])
 
 
-def of_main(figures: dict[str, Figure], controls: bool, slower: Figure | None) -> list[str]:
-    """With `controls` the controls of results/main.json, and the time of decoding, from there where it is not given."""
-    random, shuffled = ([figures[f"{one}.{name}"] for one in ("removed", "harmful_difference")] for name in CONTROLS)
-    page = "headline" if slower else "main"
-    slower = slower or figures["decode.overhead"]
-    told = [
-        "Controls, of the false refusals on both benign sets: a random direction of the same length removes",
-        f"{share(random[0])} at {points(random[1])} points on XSTest unsafe, energies of shuffled outcomes {share(shuffled[0])}",
-        f"at {points(shuffled[1])} ({shuffled[0].note}).",
-    ]
-    return [
-        "",
-        *(told if controls else []),
-        f"Decoding 64 tokens, batch 8: {ratio(slower)} times the plain time",
-        f"([results/{page}.md](results/{page}.md): `{slower.command}`).",
-    ]
+def time_of_decoding(of_size: dict[str, Figure]) -> list[str]:
+    slower = of_size.get("decode.overhead")
+    return ["", f"Decoding 64 tokens, batch 8: {ratio(slower)} times the plain time."] if slower else []
 
 
 def not_kept(lost: list[str]) -> list[str]:
@@ -157,12 +143,10 @@ def main() -> None:
         if not of_size:
             continue
         lines += ["", *before_and_after(of_size)] if lines else before_and_after(of_size)
-        if size == SIZES[0]:
-            main = {one.name: one for one in read_figures(ROOT / "results/main.json")}
-            lines += of_main(main, "random.removed" not in of_size, of_size.get("decode.overhead"))
+        lines += time_of_decoding(of_size)
         lines += methods(of_size, size)
     put("figures", "\n".join(lines))
-    sys.stdout.write("The figures of README.md are made from results/headline.json and results/main.json.\n")
+    sys.stdout.write("The figures of README.md are made from results/headline.json.\n")
 
 
 if __name__ == "__main__":

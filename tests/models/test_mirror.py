@@ -256,8 +256,9 @@ def test_the_pinned_file_is_a_revision_that_the_hub_is_not_asked_for(
     # So a command finds the model that a landscape was fitted to.
     landscape = tiny_landscape(model)
     assert source_of(load_for(landscape, None, revision=None, device="cpu")[0]) == pinned
+    assert source_of(load_for(landscape, NAME, revision=None, device="cpu")[0]) == pinned
     with pytest.raises(AssertionError, match="asked"):
-        load_for(landscape, NAME, revision=None, device="cpu")
+        load_for(landscape, "someone/else", revision=None, device="cpu")
     with pytest.raises(LandscapeError, match=f"load that model with revision {MIRRORS[NAME].sha256}"):
         landscape.attach(tiny_model(seed=1))
 

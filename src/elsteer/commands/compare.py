@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from elsteer.commands.shared import FILE, debug_option, load_model, model_options
+from elsteer.commands.shared import FILE, debug_option, load_for, model_options
 from elsteer.console import ProgressBars, invocation, note, screen
 
 __all__ = ["compare"]
@@ -99,16 +99,17 @@ def compare(
     Example:  elsteer compare MODEL --run-dir runs/qwen --methods els,surgical,caa --suite xstest --suite harmbench
     """
     from elsteer import show
-    from elsteer.comparison.compare import check_methods, known_methods
+    from elsteer.comparison.compare import check_methods, finished_fit, known_methods
     from elsteer.judges import get_judge
     from elsteer.prompts import load_suite
 
     get_judge(judge)
     methods = check_methods(methods or known_methods())
+    _, landscape = finished_fit(run_dir)
     for name in suites:
         note(show.count_prompts(load_suite(name, data_dir=data_dir, limit=limit, seed=seed), name))
     invocation().kept = out or run_dir / "compare"
-    llm, tokenizer = load_model(model, **loading)
+    llm, tokenizer = load_for(landscape, model, **loading)
     from elsteer.comparison.compare import compare as run
 
     with ProgressBars() as progress:

@@ -77,8 +77,9 @@ def load_for(found: Landscape, model: str | None, **loading: Any) -> tuple[PreTr
     name = model or found.fingerprint.name
     if name is None:
         raise click.UsageError("The landscape does not name its model: give it with --model.")
-    if model is None and not loading.get("revision") and is_pinned(name, found.fingerprint.revision):
-        loading["revision"] = found.fingerprint.revision  # the hub's model by this name is not the same to the bit
+    fitted = found.fingerprint
+    if name == fitted.name and not loading.get("revision") and is_pinned(name, fitted.revision):
+        loading["revision"] = fitted.revision  # the hub's model by this name is not the same to the bit
     llm, tokenizer = load_model(name, **loading)
     found.attach(llm, 0.0, tokenizer=tokenizer).remove()  # whether it fits is said now, not after the plain answers
     return llm, tokenizer

@@ -54,7 +54,7 @@ from elsteer.steering.methods.baselines import BASELINES
 from elsteer.training import shuffled_control
 from elsteer.tuning import Trial, Tuner
 
-__all__ = ["PLAIN", "check_methods", "compare", "known_methods"]
+__all__ = ["PLAIN", "check_methods", "compare", "finished_fit", "known_methods"]
 
 PLAIN = "none"
 # What the tuner tries of an energy, and no baseline has.
@@ -131,6 +131,17 @@ def compare(
         return _result(work, names, chosen, prompts, labels, strengths, folder, command)
 
 
+def finished_fit(run_dir: str | Path) -> tuple[FitSettings, Landscape]:
+    """The settings and the landscape of a run folder. Raises RunError where it has none yet."""
+    run = Path(run_dir)
+    if not (run / "settings.yaml").exists() or not (run / "landscape").is_dir():
+        raise RunError(
+            f"{run} holds no finished fit (settings.yaml and landscape): run `elsteer fit` with --run-dir {run} first."
+        )
+    settings = FitSettings.model_validate(yaml.safe_load((run / "settings.yaml").read_text(encoding="utf-8")))
+    return settings, Landscape.from_pretrained(run / "landscape")
+
+
 def check_methods(methods: Sequence[str]) -> list[str]:
     """`methods` without the plain model. Raises PromptError for one that is not known, or given twice."""
     names = [name for name in methods if name != PLAIN]
@@ -171,14 +182,7 @@ class _Work:
 
     def start(self) -> None:
         """Read what the fit left behind, and check that it is of this model."""
-        if not (self.run / "settings.yaml").exists() or not (self.run / "landscape").is_dir():
-            raise RunError(
-                f"{self.run.path} holds no finished fit (settings.yaml and landscape): run `elsteer fit` with --run-dir "
-                f"{self.run.path} first."
-            )
-        text = (self.run / "settings.yaml").read_text(encoding="utf-8")
-        self.settings = FitSettings.model_validate(yaml.safe_load(text))
-        self.landscape = Landscape.from_pretrained(self.run / "landscape")
+        self.settings, self.landscape = finished_fit(self.run.path)
         self.landscape.attach(self.model, 0.0, tokenizer=self.tokenizer).remove()
         self.key = key_of(
             fingerprint(self.model, self.tokenizer, thinking=self.settings.collect.thinking).to_dict(),
