@@ -60,6 +60,7 @@ def before_and_after(of_size: dict[str, Figure]) -> list[str]:
     told = {
         "harmful_difference.attacked": ("harmful refusals under five families of attacks, points", points),
         "quality.perplexity_ratio": ("perplexity of the steered answers, times the plain ones'", ratio),
+        "degenerate_difference": ("answers to everyday prompts that degenerate, points", tenths),
         "kl_neutral": ("KL per token on everyday prompts, nats", ratio),
         "facts_kept": ("short-answer questions that stay right", share),
         "mmlu_difference": ("MMLU, points", tenths),
