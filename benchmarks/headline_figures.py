@@ -136,15 +136,17 @@ class Work:
     """One size: its folders, prompts, and the parts."""
 
     def __init__(self, size: str, data: Path, run: Path | None = None, *, reduced: bool = False, small: bool = False,
-                 published: Path | None = None, dtype: str | None = None, batch_size: int = 64) -> None:  # fmt: skip
+                 published: Path | None = None, train: int | None = None, dtype: str | None = None,
+                 batch_size: int = 64) -> None:  # fmt: skip
         self.size, self.data, self.small, self.reduced, self.published = size, data, small, reduced, published
         kind = "-small" if self.small else "-reduced" if self.reduced else ""
         kind += "-published" if self.published else ""
         self.run = run or Path(f"runs/headline-{self.size}{kind}")
-        self.dtype, self.batch = dtype, batch_size
+        self.dtype, self.batch, self.train = dtype, batch_size, train
         self.command = f"python benchmarks/headline_figures.py --data-dir DATA --size {self.size}"
         self.command += " --reduced" if self.reduced else ""
         self.command += " --published" if self.published else ""
+        self.command += f" --train {train}" if train else ""
         self.limit = 12 if self.small else REDUCED_LIMIT if self.reduced else None
         self.strengths = (1.0,) if self.reduced else STRENGTHS
         self._model: tuple[object, object] | None = None
@@ -190,12 +192,12 @@ class Work:
     def fit(self, seed: int = 0) -> None:
         train, dev, neutral = self.prompts(seed)
         if self.published:
-            settings = FitSettings(seed=seed, limit=EVIDENCE, attacks=(), training=TrainingSettings(refine_epochs=0),
-                                   tuning=TUNING[self.size])  # fmt: skip
+            settings = FitSettings(seed=seed, limit=self.train or EVIDENCE, attacks=(),
+                                   training=TrainingSettings(refine_epochs=0), tuning=TUNING[self.size])  # fmt: skip
             collect(*self.model, train, Landscape.from_pretrained(self.published), dev=dev, run_dir=self.fitted(seed),
                     settings=settings, progress=progress)  # fmt: skip
             return
-        limit = REDUCED_TRAIN.get(self.size) if self.reduced else None
+        limit = self.train or (REDUCED_TRAIN.get(self.size) if self.reduced else None)
         settings = FitSettings(seed=seed, limit=limit, training=TRAINING[self.size], tuning=TUNING[self.size])
         try:
             fit(*self.model, train, dev=dev, neutral=neutral, run_dir=self.fitted(seed), settings=settings,
@@ -391,6 +393,7 @@ def run_parts(work: Work, parts: list[str], jobs: int, results: Path) -> None:
         str(results),
     ]
     arguments += ["--batch-size", str(work.batch), *(["--dtype", work.dtype] if work.dtype else [])]
+    arguments += ["--train", str(work.train)] if work.train else []
     flags = {"--small": work.small, "--reduced": work.reduced, "--published": work.published}
     arguments += [name for name, given in flags.items() if given]
 
@@ -425,11 +428,14 @@ def main() -> int:
     parser.add_argument("--publish", action="store_true", help="write the figures of the parts that are done")
     parser.add_argument("--reduced", action="store_true", help="fewer prompts, for two cores")
     parser.add_argument("--published", action="store_true", help="the landscape in the results, nothing is fitted")
+    parser.add_argument(
+        "--train", type=int, default=None, help="training prompts at most, drawn by seed; default: by size"
+    )
     parser.add_argument("--small", action="store_true", help="few prompts, and no results: to see that it works")
     options = parser.parse_args()
     shipped = options.results / f"landscapes/{MODELS[options.size].split('/')[1].lower().removesuffix('-instruct')}"
     work = Work(options.size, options.data_dir, options.run_dir, reduced=options.reduced, small=options.small,
-                published=shipped if options.published else None, dtype=options.dtype,
+                published=shipped if options.published else None, train=options.train, dtype=options.dtype,
                 batch_size=options.batch_size)  # fmt: skip
     known = names_of_parts(fitted=not options.published)
     parts = options.part or ([] if options.publish else known)
