@@ -374,6 +374,11 @@ class Work:
         return found
 
 
+def shipped_landscape(results: Path, size: str) -> Path:
+    """Folder of the published landscape."""
+    return results / f"landscapes/{MODELS[size].split('/')[1].lower().removesuffix('-instruct')}"
+
+
 def names_of_parts(fitted: bool = True) -> list[str]:
     """fitted: whether anything is; other seeds are other fits."""
     seeds = [f"seed-{seed}" for seed in SEEDS[1:]] if fitted else []
@@ -433,7 +438,7 @@ def main() -> int:
     )
     parser.add_argument("--small", action="store_true", help="few prompts, and no results: to see that it works")
     options = parser.parse_args()
-    shipped = options.results / f"landscapes/{MODELS[options.size].split('/')[1].lower().removesuffix('-instruct')}"
+    shipped = shipped_landscape(options.results, options.size)
     work = Work(options.size, options.data_dir, options.run_dir, reduced=options.reduced, small=options.small,
                 published=shipped if options.published else None, train=options.train, dtype=options.dtype,
                 batch_size=options.batch_size)  # fmt: skip

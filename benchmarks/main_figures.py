@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from headline_figures import MODELS, SUITES, Work, progress
+from headline_figures import MODELS, SUITES, Work, progress, shipped_landscape
 from readme_figures import BENIGN, SETS
 
 from elsteer.evaluation.evaluate import Evaluation, evaluate
@@ -83,7 +83,7 @@ def main() -> int:
         for mine, theirs in TAKEN.items()
         if f"{SIZE}.{theirs or mine}" in headline
     ]
-    shipped = options.results / f"landscapes/{MODELS[SIZE].split('/')[1].lower().removesuffix('-instruct')}"
+    shipped = shipped_landscape(options.results, SIZE)
     work = Work(SIZE, options.data_dir, options.headline_dir, reduced=True, published=shipped, dtype=options.dtype)
     figures += draws(work, options.run_dir, command, options.batch_size, figures)
     figures += judge_figures(options.data_dir, command)

@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 from jinja2 import Environment, StrictUndefined
 
-from elsteer.models import Fingerprint, is_pinned
+from elsteer.models import Fingerprint
 from elsteer.steering.rule import SteeringRule
 
 __all__ = ["landscape_card"]
@@ -70,7 +70,7 @@ def _shown(fingerprint: Fingerprint) -> str:
 
 def _pin(fingerprint: Fingerprint) -> str:
     """The revision as an argument, where only the package registry has that model."""
-    return f", revision={json.dumps(fingerprint.revision)}" if is_pinned(fingerprint.name, fingerprint.revision) else ""
+    return f", revision={json.dumps(fingerprint.pin)}" if fingerprint.pin else ""
 
 
 def _figures(rows: Any) -> list[dict[str, str]]:

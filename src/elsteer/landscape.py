@@ -22,7 +22,7 @@ from elsteer.energy.descent import Descent
 from elsteer.energy.tensors import check_guard, check_tensors
 from elsteer.errors import LandscapeError, ModelError, SteeringError
 from elsteer.landscape_files import read_folder, write_folder
-from elsteer.models import Fingerprint, differences, fingerprint, hidden_size, is_pinned
+from elsteer.models import Fingerprint, differences, fingerprint, hidden_size
 from elsteer.steering import Move, Steering
 from elsteer.steering.methods import METHODS
 from elsteer.steering.methods.els import els
@@ -127,8 +127,7 @@ class Landscape:
             logger.warning("steering with a landscape that was fitted to %s, although %s", ours, "; ".join(found))
             return
         way = "" if not as_wide else ", or if you know that they are alike enough, attach with allow_other_model=True"
-        revision = self.fingerprint.revision if is_pinned(self.fingerprint.name, self.fingerprint.revision) else None
-        as_it_was = f"with revision {revision}" if revision else "as it was"
+        as_it_was = f"with revision {self.fingerprint.pin}" if self.fingerprint.pin else "as it was"
         raise LandscapeError(
             f"This landscape was fitted to {ours} and does not fit here, as {'; '.join(found)}: load that model {as_it_was}, or "
             f"fit a landscape for this one with `elsteer fit`{way}."

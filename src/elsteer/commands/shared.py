@@ -72,14 +72,11 @@ def read_landscape(name: str) -> Landscape:
 
 def load_for(found: Landscape, model: str | None, **loading: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """`model`, or the one that the landscape was fitted to."""
-    from elsteer.models import is_pinned
-
     name = model or found.fingerprint.name
     if name is None:
         raise click.UsageError("The landscape does not name its model: give it with --model.")
-    fitted = found.fingerprint
-    if name == fitted.name and not loading.get("revision") and is_pinned(name, fitted.revision):
-        loading["revision"] = fitted.revision  # the hub's model by this name is not the same to the bit
+    if name == found.fingerprint.name:  # of a pinned file: the hub's model by this name is not the same to the bit
+        loading["revision"] = loading.get("revision") or found.fingerprint.pin
     llm, tokenizer = load_model(name, **loading)
     found.attach(llm, 0.0, tokenizer=tokenizer).remove()  # whether it fits is said now, not after the plain answers
     return llm, tokenizer

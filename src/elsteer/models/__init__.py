@@ -17,7 +17,6 @@ from elsteer.models.chat import context_length, effective_thinking, encode_chat,
 from elsteer.models.fingerprint import Fingerprint, differences, fingerprint
 from elsteer.models.load import load, source_of
 from elsteer.models.mirror import MIRRORS, Mirror, available, fetch, where
-from elsteer.models.pins import is_pinned
 
 __all__ = [
     "MIRRORS",
@@ -39,7 +38,6 @@ __all__ = [
     "fetch",
     "fingerprint",
     "hidden_size",
-    "is_pinned",
     "left_pad",
     "load",
     "named_inputs",

@@ -14,6 +14,7 @@ from elsteer.errors import ModelError
 from elsteer.models.blocks import decoder_blocks, hidden_size, num_layers
 from elsteer.models.chat import effective_thinking, template_hash
 from elsteer.models.load import source_of
+from elsteer.models.pins import is_pinned
 
 __all__ = ["Fingerprint", "differences", "fingerprint"]
 
@@ -43,6 +44,11 @@ class Fingerprint:
     template_sha256: str
     thinking: bool | None
     weights: dict[str, list[float]]
+
+    @property
+    def pin(self) -> str | None:
+        """The revision that `load` must be given to get this model again, where only the package registry has it."""
+        return self.revision if is_pinned(self.name, self.revision) else None
 
     def to_dict(self) -> dict[str, Any]:
         """As a JSON object."""
