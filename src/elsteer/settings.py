@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -181,6 +182,13 @@ class FitSettings(_Settings):
     collect: CollectSettings = CollectSettings()
     training: TrainingSettings = TrainingSettings()
     tuning: TuningSettings = TuningSettings()
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Of the settings.yaml that a fit wrote."""
+        import yaml  # not for every --help
+
+        return cls.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
 
     @field_validator("attacks", mode="before")
     @classmethod

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -349,7 +348,7 @@ def shuffled_control(
     run = RunFolder(run_dir)
     if not (run / "settings.yaml").exists():
         raise RunError(f"{run.path} holds no settings.yaml: give the folder that the landscape was fitted in.")
-    settings = FitSettings.model_validate(yaml.safe_load((run / "settings.yaml").read_text(encoding="utf-8")))
+    settings = FitSettings.read(run / "settings.yaml")
     prompts = [
         Prompt.from_row({name: value for name, value in row.items() if name != "split"})
         for row in read_jsonl(run / "prompts.jsonl")

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -138,7 +137,7 @@ def finished_fit(run_dir: str | Path) -> tuple[FitSettings, Landscape]:
         raise RunError(
             f"{run} holds no finished fit (settings.yaml and landscape): run `elsteer fit` with --run-dir {run} first."
         )
-    settings = FitSettings.model_validate(yaml.safe_load((run / "settings.yaml").read_text(encoding="utf-8")))
+    settings = FitSettings.read(run / "settings.yaml")
     return settings, Landscape.from_pretrained(run / "landscape")
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import yaml
 from torch import Tensor
 
 from elsteer.completions import read_completions
@@ -81,7 +80,7 @@ class Evidence:
         run = RunFolder(run_dir)
         if not (run / "settings.yaml").exists():
             raise RunError(f"{run.path} holds no settings.yaml: give the folder of a finished `elsteer fit`.")
-        settings = FitSettings.model_validate(yaml.safe_load((run / "settings.yaml").read_text(encoding="utf-8")))
+        settings = FitSettings.read(run / "settings.yaml")
         known = read_completions(run / "glimpses.jsonl") | read_completions(run / "completions.jsonl")
         prompts = [
             Prompt.from_row({name: value for name, value in row.items() if name != "split"})
