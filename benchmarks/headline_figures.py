@@ -201,7 +201,9 @@ class Work:
             return
         limit = self.train or (REDUCED_TRAIN.get(self.size) if self.reduced else None)
         attacks = REDUCED_ATTACKS.get(self.size, {}) if self.reduced else {}
-        settings = FitSettings(seed=seed, limit=limit, training=TRAINING[self.size], tuning=TUNING[self.size], **attacks)
+        settings = FitSettings(
+            seed=seed, limit=limit, training=TRAINING[self.size], tuning=TUNING[self.size], **attacks
+        )
         try:
             fit(*self.model, train, dev=dev, neutral=neutral, run_dir=self.fitted(seed), settings=settings,
                 progress=progress, command=self.command)  # fmt: skip

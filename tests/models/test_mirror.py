@@ -244,7 +244,7 @@ def test_a_revision_cannot_be_had_from_the_registry(registry: Path) -> None:
 
 
 def test_the_pinned_file_is_a_revision_that_the_hub_is_not_asked_for(
-    registry: Path, monkeypatch: pytest.MonkeyPatch
+    registry: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def asked() -> None:
         raise AssertionError("the hub was asked")
@@ -259,6 +259,12 @@ def test_the_pinned_file_is_a_revision_that_the_hub_is_not_asked_for(
     assert source_of(load_for(landscape, NAME, revision=None, device="cpu")[0]) == pinned
     with pytest.raises(AssertionError, match="asked"):
         load_for(landscape, "someone/else", revision=None, device="cpu")
+    # So do the plugins.
+    landscape.save_pretrained(tmp_path / "landscape")
+    arguments = {"landscape": str(tmp_path / "landscape"), "device": "cpu"}
+    for plugin, name in (("inspect", "ElsteerAPI"), ("lm_eval", "ElsteerLM")):
+        kind = getattr(import_module(f"elsteer.plugins.{plugin}"), name)
+        assert source_of(kind(NAME, **arguments).steering.model) == pinned, plugin
     with pytest.raises(LandscapeError, match=f"load that model with revision {MIRRORS[NAME].sha256}"):
         landscape.attach(tiny_model(seed=1))
 

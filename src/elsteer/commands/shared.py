@@ -75,8 +75,7 @@ def load_for(found: Landscape, model: str | None, **loading: Any) -> tuple[PreTr
     name = model or found.fingerprint.name
     if name is None:
         raise click.UsageError("The landscape does not name its model: give it with --model.")
-    if name == found.fingerprint.name:  # of a pinned file: the hub's model by this name is not the same to the bit
-        loading["revision"] = loading.get("revision") or found.fingerprint.pin
+    loading["revision"] = loading.get("revision") or found.fingerprint.revision_of(name)
     llm, tokenizer = load_model(name, **loading)
     found.attach(llm, 0.0, tokenizer=tokenizer).remove()  # whether it fits is said now, not after the plain answers
     return llm, tokenizer

@@ -50,6 +50,10 @@ class Fingerprint:
         """The revision that `load` must be given to get this model again, where only the package registry has it."""
         return self.revision if is_pinned(self.name, self.revision) else None
 
+    def revision_of(self, name: str) -> str | None:
+        """`pin` where `name` is this model's: the hub's model by that name is not the same to the bit. Else None."""
+        return self.pin if name == self.name else None
+
     def to_dict(self) -> dict[str, Any]:
         """As a JSON object."""
         return asdict(self)

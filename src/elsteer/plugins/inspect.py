@@ -66,7 +66,7 @@ class ElsteerAPI(ModelAPI):
         self.thinking: bool | None = model_args.get("thinking")
         self.model, self.tokenizer = load(
             model_name,
-            revision=model_args.get("revision"),
+            revision=model_args.get("revision") or self.landscape.fingerprint.revision_of(model_name),
             dtype=model_args.get("dtype") or "auto",
             device=model_args.get("device"),
         )

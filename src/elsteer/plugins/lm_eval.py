@@ -69,6 +69,7 @@ class ElsteerLM(HFLM):
             raise SteeringError("The model elsteer needs a number for --batch_size: auto cannot be used.")
         read = landscape if isinstance(landscape, Landscape) else Landscape.from_pretrained(landscape)
         if isinstance(pretrained, str):
+            revision = revision or read.fingerprint.revision_of(pretrained)
             pretrained, tokenizer = load(pretrained, revision=revision, dtype=dtype, device=device)
         elif tokenizer is None:
             raise SteeringError(
