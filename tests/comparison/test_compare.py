@@ -235,8 +235,15 @@ def test_the_command_needs_a_finished_fit(tmp_path: Path, suite: Path) -> None:
     found = elsteer("compare", "MODEL", "--run-dir", tmp_path, "--strengths", "one", "--suite", suite)
     assert "numbers from 0 up" in one_sentence(found)
     # Before a model is loaded, which may take minutes.
-    found = elsteer("compare", "no/model", "--run-dir", tmp_path, "--methods", "els,caa", "--suite", suite)
-    assert "holds no finished fit" in one_sentence(found)
+    for words in (
+        ["no/model", "--methods", "els,caa"],
+        ["no/model", "--methods", "els", "caa"],
+        ["--methods", "els", "surgical,caa", "no/model"],
+    ):
+        found = elsteer("compare", *words, "--run-dir", tmp_path, "--suite", suite)
+        assert "holds no finished fit" in one_sentence(found), words
+    found = elsteer("compare", "no/model", "--methods", "els", "cat", "--run-dir", tmp_path, "--suite", suite)
+    assert "cat" in one_sentence(found)
 
 
 def test_all_methods_are_known() -> None:

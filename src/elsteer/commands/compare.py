@@ -18,6 +18,20 @@ def _names(_ctx: click.Context, _option: click.Parameter, value: tuple[str, ...]
     return [word for one in value for word in one.replace(",", " ").split()]
 
 
+class _Command(click.Command):
+    """Names of methods may follow `--methods` as words of their own, too."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Those that are methods, put between commas."""
+        if "--methods" in args[:-2]:
+            from elsteer.comparison.compare import PLAIN, known_methods
+
+            known, at = {PLAIN, *known_methods()}, args.index("--methods") + 1
+            while len(args) > at + 1 and set(args[at + 1].split(",")) <= known:
+                args = [*args[:at], f"{args[at]},{args[at + 1]}", *args[at + 2 :]]
+        return super().parse_args(ctx, args)
+
+
 def _numbers(_ctx: click.Context, _option: click.Parameter, value: str) -> list[float]:
     try:
         found = [float(word) for word in value.split(",") if word.strip()]
@@ -28,7 +42,7 @@ def _numbers(_ctx: click.Context, _option: click.Parameter, value: str) -> list[
     return found
 
 
-@click.command(short_help="Methods side by side: one table, one frontier.")
+@click.command(cls=_Command, short_help="Methods side by side: one table, one frontier.")
 @click.argument("model")
 @click.option("--run-dir", type=FILE, required=True, help="Folder of a finished `elsteer fit` for MODEL.")
 @click.option(
@@ -36,7 +50,7 @@ def _numbers(_ctx: click.Context, _option: click.Parameter, value: str) -> list[
     multiple=True,
     callback=_names,
     metavar="NAMES",
-    help="Between commas, such as els,caa,surgical. [default: all]",
+    help="Between commas or blanks, such as els,caa,surgical. [default: all]",
 )
 @click.option(
     "--suite",
