@@ -36,6 +36,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from readme_figures import SETS
@@ -74,9 +75,14 @@ TUNING = {
 # Of `--reduced`: dev prompts, by the start of their source.
 REDUCED_LIMIT, REDUCED_ATTACKED, REDUCED_CHOICES = 450, 120, 1200
 # Of the larger model two cores read two to five prompts a second, and those under attack are three times as long.
-REDUCED_TRAIN = {"1.5b": 14_000}
-REDUCED_ATTACKS: dict[str, dict[str, float]] = {"1.5b": {"attack_share": 0.03, "attack_dev_share": 0.1}}
-REDUCED_REFINED = {"1.5b": 2400}
+REDUCED_FIT: dict[str, dict[str, Any]] = {
+    "1.5b": {
+        "limit": 14_000,
+        "attack_share": 0.03,
+        "attack_dev_share": 0.1,
+        "training": TRAINING["1.5b"].model_copy(update={"refine_prompts": 2400}),
+    }
+}
 # Training prompts of the other methods under `--published`; those that train a network draw 4,000 at most.
 EVIDENCE = 8_000
 REDUCED_DEV = {"oktest": 120, "orbench_hard": 120, "harmbench": 36, "malicious_instruct": 88}
@@ -200,12 +206,10 @@ class Work:
             collect(*self.model, train, Landscape.from_pretrained(self.published), dev=dev, run_dir=self.fitted(seed),
                     settings=settings, progress=progress)  # fmt: skip
             return
-        limit = self.train or (REDUCED_TRAIN.get(self.size) if self.reduced else None)
-        attacks = REDUCED_ATTACKS.get(self.size, {}) if self.reduced else {}
-        training = TRAINING[self.size]
-        if self.reduced and self.size in REDUCED_REFINED:
-            training = training.model_copy(update={"refine_prompts": REDUCED_REFINED[self.size]})
-        settings = FitSettings(seed=seed, limit=limit, training=training, tuning=TUNING[self.size], **attacks)
+        given: dict[str, Any] = {"seed": seed, "training": TRAINING[self.size], "tuning": TUNING[self.size]}
+        given |= REDUCED_FIT.get(self.size, {}) if self.reduced else {}
+        given |= {"limit": self.train} if self.train else {}
+        settings = FitSettings(**given)
         try:
             fit(*self.model, train, dev=dev, neutral=neutral, run_dir=self.fitted(seed), settings=settings,
                 progress=progress, command=self.command)  # fmt: skip
