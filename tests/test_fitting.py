@@ -313,6 +313,7 @@ def refit(tiny: Tiny, folder: Path, settings: FitSettings) -> dict[str, bool]:
         ({"training": {"width": 12}}, {"energies", "frontier"}),
         ({"seed": 4}, {"energies", "frontier"}),
         ({"shuffle_outcomes": True}, {"energies", "frontier"}),
+        ({"tuning": {"etas": [2.0, 0.9, 0.3]}}, set()),
         ({"tuning": {**HELPS, "kl": 5.0}}, {"frontier"}),
         ({"tuning": {**HELPS, "tokens": 6}}, {"dev", "frontier"}),
         ({"collect": {"max_new_tokens": 5}}, {"completions", "energies", "dev", "frontier"}),
@@ -503,6 +504,21 @@ def test_one_more_weight_leaves_the_networks_of_the_others_as_they_are(tiny: Tin
     chosen = json.loads((tmp_path / f"energy/{weight:g}/training.json").read_text())
     told = {int(layer): row for layer, row in found.provenance["auroc"].items()}
     assert told == {int(layer): row for layer, row in chosen["auroc"].items()}
+
+
+def test_other_lengths_or_weights_to_try_keep_the_trials_of_those_before(tiny: Tiny, tmp_path: Path) -> None:
+    both = tiny_settings(tuning={"etas": [0.3]}, training={"benign_weights": [1.0, 3.0]})
+    with contextlib.suppress(NothingHelps):
+        fitted(tiny, tmp_path, settings=both)
+    before = lines(tmp_path / "frontier.jsonl")
+    more = tiny_settings(tuning={"etas": [1e-9, 2e-9], "least_removed": 10.0}, training={"benign_weights": [1.0]})
+    with pytest.raises(NothingHelps):
+        fitted(tiny, tmp_path, settings=more)
+    after = lines(tmp_path / "frontier.jsonl")
+    assert after[: len(before)] == before
+    assert len(after) > len(before)
+    rule = Landscape.from_pretrained(tmp_path / "landscape").provenance["dev"]["rule"]  # of those that are tried now
+    assert (rule["benign_weight"], rule["eta"]) in {(1.0, 1e-9), (1.0, 2e-9)}
 
 
 # Which prompts

@@ -7,7 +7,12 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-__all__ = ["CollectSettings", "FitSettings", "TrainingSettings", "TuningSettings"]
+__all__ = ["WHICH_ARE_TRIED", "CollectSettings", "FitSettings", "TrainingSettings", "TuningSettings"]
+
+# Of TuningSettings: what says which settings are tried and taken. What a trial finds rests on the others alone.
+WHICH_ARE_TRIED = frozenset(
+    {"etas", "band_share", "bands", "steps", "windows", "gates", "guards", "finalists", "least_removed"}
+)
 
 
 class _Settings(BaseModel):

@@ -136,6 +136,7 @@ class Tuner:
         self.harmful = np.array([prompt.harmful for prompt in dev.prompts])
         self.before = np.array([one.label for one in self.plain])
         self.trials: dict[str, Trial] = {row["key"]: Trial.from_row(row["trial"]) for row in read_jsonl(path)}
+        self.tried: dict[str, Trial] = {}  # those of this search; the others are of settings that were tried before
         self._openers: dict[int, float] | None = None
         self._plain_answers: dict[str, Answer] = {}
         self._plain_neutral: dict[str, Answer] = {}
@@ -326,6 +327,7 @@ class Tuner:
             trial = run(rule)
             self.trials[key] = trial
             append_jsonl(self.path, [{"key": key, "trial": trial.to_row()}])
+        self.tried[key] = self.trials[key]
         return self.trials[key]
 
     def _screened(self, rule: dict[str, Any]) -> Trial:

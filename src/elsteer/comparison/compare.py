@@ -45,7 +45,7 @@ from elsteer.landscape import Landscape
 from elsteer.models import fingerprint
 from elsteer.prompts import Prompt, load_suite, suite_name
 from elsteer.run import RunFolder, key_of, told_apart
-from elsteer.settings import FitSettings, TuningSettings
+from elsteer.settings import WHICH_ARE_TRIED, FitSettings, TuningSettings
 from elsteer.steering.attach import Steering
 from elsteer.steering.evidence import Evidence
 from elsteer.steering.methods.baseline import Candidate
@@ -57,7 +57,6 @@ __all__ = ["PLAIN", "check_methods", "compare", "finished_fit", "known_methods"]
 
 PLAIN = "none"
 # What the tuner tries of an energy, and no baseline has.
-_OF_ELS_ALONE = {"etas", "band_share", "bands", "steps", "windows", "gates", "guards", "finalists", "least_removed"}
 Progress = Callable[[str, int, int], None]
 Bools = NDArray[np.bool_]
 
@@ -276,7 +275,7 @@ class _Work:
             made=key_of(
                 self.key,
                 self._made(name),
-                self.tuning.model_dump(mode="json", exclude=_OF_ELS_ALONE),
+                self.tuning.model_dump(mode="json", exclude=set(WHICH_ARE_TRIED)),
                 [one.id for one in (*self.dev, *self.neutral)],
             ),
         )
