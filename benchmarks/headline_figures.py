@@ -65,12 +65,14 @@ TRAINING = {
     "0.5b": TrainingSettings(
         refine_prompts=9600, refine_memory=12 << 30, benign_weights=(10.0, 4.0, 6.3, 16.0, 25.0, 40.0, 63.0)
     ),
-    "1.5b": TrainingSettings(refine_prompts=4800, refine_memory=12 << 30, benign_weights=(6.3, 40.0, 100.0, 250.0)),
+    "1.5b": TrainingSettings(
+        refine_prompts=4800, refine_memory=12 << 30, benign_weights=(6.3, 16.0, 25.0, 40.0, 100.0)
+    ),
 }
 BOUNDS = {"kl": 0.019, "perplexity_ratio": 1.03, "finalists": 3}  # below the goals
 TUNING = {
     "0.5b": TuningSettings(etas=(0.05, 0.044, 0.056), **BOUNDS),
-    "1.5b": TuningSettings(etas=(0.1, 0.08, 0.13), bands=2, **BOUNDS),
+    "1.5b": TuningSettings(etas=(0.13, 0.1), **BOUNDS),
 }
 # Of `--reduced`: dev prompts, by the start of their source.
 REDUCED_LIMIT, REDUCED_ATTACKED, REDUCED_CHOICES = 450, 120, 1200
