@@ -42,7 +42,7 @@ from elsteer.prompts import (
     without_near_duplicates,
 )
 from elsteer.run import RunFolder, key_of, of_stage, told_apart
-from elsteer.settings import WHICH_ARE_TRIED, FitSettings
+from elsteer.settings import FitSettings
 from elsteer.states import StateStore
 from elsteer.training import Energies, context_blocks, is_refined, train_energies
 from elsteer.tuning import Trial, Tuner
@@ -421,8 +421,7 @@ def _tune(
 ) -> tuple[Trial | None, Tuner]:
     labels = [(one.prompt_id, one.label) for one in plain]
     # Other settings to try leave the trials of those before. "Sidak": how the bounds in the rows are reckoned.
-    measured = settings.tuning.model_dump(exclude=set(WHICH_ARE_TRIED))
-    key = key_of(train_key, labels, [one.id for one in neutral.prompts], measured, "Sidak")
+    key = key_of(train_key, labels, [one.id for one in neutral.prompts], settings.tuning.measuring(), "Sidak")
     run.stage("tune", key, ["frontier.jsonl"])
     benign = {one.label for one, prompt in zip(plain, caches.prompts, strict=True) if not prompt.harmful}
     if "refusal" not in benign:

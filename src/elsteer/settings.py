@@ -7,12 +7,10 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-__all__ = ["WHICH_ARE_TRIED", "CollectSettings", "FitSettings", "TrainingSettings", "TuningSettings"]
+__all__ = ["CollectSettings", "FitSettings", "TrainingSettings", "TuningSettings"]
 
-# Of TuningSettings: what says which settings are tried and taken. What a trial finds rests on the others alone.
-WHICH_ARE_TRIED = frozenset(
-    {"etas", "band_share", "bands", "steps", "windows", "gates", "guards", "finalists", "least_removed"}
-)
+# Of TuningSettings: what says which settings are tried and taken.
+_WHICH_ARE_TRIED = {"etas", "band_share", "bands", "steps", "windows", "gates", "guards", "finalists", "least_removed"}
 
 
 class _Settings(BaseModel):
@@ -163,6 +161,10 @@ class TuningSettings(_Settings):
     quality_prompts: int = Field(32, ge=4, description="Prompts that the plain model answers, for the perplexity.")
     quality_tokens: int = Field(40, ge=4, description="Length of those answers in tokens.")
     neutral_prompts: int = Field(24, ge=2, description="Neutral prompts for the KL.")
+
+    def measuring(self) -> dict[str, Any]:
+        """What the finding of one trial rests on: all but what says which settings are tried and taken."""
+        return self.model_dump(mode="json", exclude=_WHICH_ARE_TRIED)
 
 
 class FitSettings(_Settings):

@@ -45,7 +45,7 @@ from elsteer.landscape import Landscape
 from elsteer.models import fingerprint
 from elsteer.prompts import Prompt, load_suite, suite_name
 from elsteer.run import RunFolder, key_of, told_apart
-from elsteer.settings import WHICH_ARE_TRIED, FitSettings, TuningSettings
+from elsteer.settings import FitSettings, TuningSettings
 from elsteer.steering.attach import Steering
 from elsteer.steering.evidence import Evidence
 from elsteer.steering.methods.baseline import Candidate
@@ -56,7 +56,6 @@ from elsteer.tuning import Trial, Tuner
 __all__ = ["PLAIN", "check_methods", "compare", "finished_fit", "known_methods"]
 
 PLAIN = "none"
-# What the tuner tries of an energy, and no baseline has.
 Progress = Callable[[str, int, int], None]
 Bools = NDArray[np.bool_]
 
@@ -275,7 +274,7 @@ class _Work:
             made=key_of(
                 self.key,
                 self._made(name),
-                self.tuning.model_dump(mode="json", exclude=set(WHICH_ARE_TRIED)),
+                self.tuning.measuring(),
                 [one.id for one in (*self.dev, *self.neutral)],
             ),
         )
