@@ -279,6 +279,18 @@ def test_killed_while_training_through_the_model_it_comes_to_the_same_end(tiny: 
         torch.testing.assert_close(ends[0].tensors[layer], ends[1].tensors[layer], atol=1e-3, rtol=1e-3)
 
 
+def test_reading_the_dev_prompts_is_told_once(tiny: Tiny, tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if stage == "reading the dev prompts":
+            told.append((done, total))
+
+    fitted(tiny, tmp_path, progress=progress)
+    assert told[-1] == (told[-1][1],) * 2
+    assert [done for done, _ in told] == sorted({done for done, _ in told})  # each batch once, not at every setting
+
+
 def test_shuffled_outcomes_are_not_trained_through_the_model(tiny: Tiny, tmp_path: Path) -> None:
     stages: list[str] = []
     with contextlib.suppress(NothingHelps):

@@ -504,7 +504,7 @@ class Tuner:
     def _first_tokens(self) -> dict[int, float]:
         """First token to the share of refusals among the plain answers that begin with it."""
         if self._openers is None:
-            self._plain_first = self._first(None)
+            self._plain_first = self._first(None, self.progress)
             counts: dict[int, list[float]] = defaultdict(list)
             for token, label in zip(self._plain_first, self.before, strict=True):
                 if label != "unscored":
@@ -512,14 +512,18 @@ class Tuner:
             self._openers = {token: sum(found) / len(found) for token, found in counts.items()}
         return self._openers
 
-    def _first(self, steering: Any) -> list[int]:
-        found = [0] * len(self.dev.prompts)
+    def _first(self, steering: Any, progress: Progress | None = None) -> list[int]:
+        """The first token of each dev prompt's answer. progress: where the prompts' caches are made on the way, a long work."""
+        found, done, total = [0] * len(self.dev.prompts), 0, len(self.dev.prompts)
         ends = end_ids(self.dev.model, self.dev.tokenizer)
         for batch in self.dev.batches():
             out = decode(self.dev.model, batch, max_new_tokens=1, end_ids=ends, steering=steering)
             assert out.first_logits is not None
             for place, token in zip(batch.rows, out.first_logits.argmax(dim=-1).tolist(), strict=True):
                 found[place] = token
+            done += len(batch.rows)
+            if progress is not None:
+                progress("reading the dev prompts", done, total)
         return found
 
 
