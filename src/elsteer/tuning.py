@@ -36,7 +36,7 @@ from elsteer.files import append_jsonl, read_jsonl
 from elsteer.judges import Judge
 from elsteer.landscape import Landscape
 from elsteer.prompts import under_attack
-from elsteer.run import key_of, without_nan
+from elsteer.run import key_of, of_stage, without_nan
 from elsteer.settings import TuningSettings
 
 __all__ = ["Trial", "Tuner", "bands"]
@@ -367,10 +367,7 @@ class Tuner:
         return self._tried(rule, "verdicts", self._judged)
 
     def _judged(self, rule: dict[str, Any]) -> Trial:
-        def told(done: int, total: int) -> None:
-            if self.progress is not None:
-                self.progress("judging a setting", done, total)
-
+        told = of_stage(self.progress, "judging a setting")
         with self.landscape(rule).attach(self.dev.model) as steering:
             after = complete(
                 self.dev, self.judge, max_new_tokens=self.settings.tokens, steering=steering, progress=told
@@ -491,10 +488,7 @@ class Tuner:
         )
 
     def _at_length(self, caches: PromptCaches, places: Sequence[int], steering: Any) -> dict[str, Answer]:
-        def told(done: int, total: int) -> None:
-            if self.progress is not None:
-                self.progress("checking the answers", done, total)
-
+        told = of_stage(self.progress, "checking the answers")
         return answer_at_length(
             caches, places, "dev", steering=steering, max_new_tokens=self.settings.quality_tokens, progress=told
         )
@@ -504,7 +498,7 @@ class Tuner:
     def _first_tokens(self) -> dict[int, float]:
         """First token to the share of refusals among the plain answers that begin with it."""
         if self._openers is None:
-            self._plain_first = self._first(None, self.progress)
+            self._plain_first = self._first(None, of_stage(self.progress, "reading the dev prompts"))
             counts: dict[int, list[float]] = defaultdict(list)
             for token, label in zip(self._plain_first, self.before, strict=True):
                 if label != "unscored":
@@ -512,7 +506,7 @@ class Tuner:
             self._openers = {token: sum(found) / len(found) for token, found in counts.items()}
         return self._openers
 
-    def _first(self, steering: Any, progress: Progress | None = None) -> list[int]:
+    def _first(self, steering: Any, progress: Callable[[int, int], None] | None = None) -> list[int]:
         """The first token of each dev prompt's answer. progress: where the prompts' caches are made on the way, a long work."""
         found, done, total = [0] * len(self.dev.prompts), 0, len(self.dev.prompts)
         ends = end_ids(self.dev.model, self.dev.tokenizer)
@@ -523,7 +517,7 @@ class Tuner:
                 found[place] = token
             done += len(batch.rows)
             if progress is not None:
-                progress("reading the dev prompts", done, total)
+                progress(done, total)
         return found
 
 
