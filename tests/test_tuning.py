@@ -428,6 +428,28 @@ def test_where_no_finalist_keeps_safety_the_safest_others_are_judged(
     assert [one.stage for one in tuner.trials.values()].count("verdicts") == 2
 
 
+def test_a_safer_weight_that_the_screening_passed_over_is_judged_where_no_finalist_keeps_safety(
+    tiny: Tiny, plain: list[Completion], tmp_path: Path
+) -> None:
+    """The first tokens of every weight seem safe, so that all bands to refine are of the highest, which in truth is not."""
+
+    def does(rule: dict[str, Any]) -> tuple[float, float, float]:
+        return 0.6 + rule["benign_weight"] / 20, 0.9 - rule["benign_weight"] / 20, 1.0
+
+    tuner = unmoved(scripted(tiny, plain, tmp_path, does, etas=(0.5, 1.0), finalists=2, bands=1))
+    tuner.bases = dict.fromkeys((1.0, 2.0, 4.0), tuner.bases[1.0])
+    told = tuner._judged
+
+    def judged(rule: dict[str, Any]) -> Trial:
+        found = told(rule)
+        return replace(found, refused_harmful=0.4, why_not=["margin"]) if rule["benign_weight"] > 1 else found
+
+    tuner._judged = judged  # type: ignore[method-assign]
+    found = tuner.search({weight: {0: 0.5, 1: 0.5, 2: 0.5, 3: 0.7} for weight in tuner.bases})
+    assert found is not None
+    assert found.rule["benign_weight"] == 1.0
+
+
 def test_it_is_not_shortened_for_ever(tiny: Tiny, plain: list[Completion], tmp_path: Path) -> None:
     tuner = scripted(tiny, plain, tmp_path, lambda rule: (0.9, 0.6, 1.5), etas=(0.5,), finalists=2)
     assert tuner.search(AUROCS) is None

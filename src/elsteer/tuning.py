@@ -10,8 +10,8 @@ say how likely a refusal is after each first token, and one token costs a twenti
 is measured there too. The best settings then get whole verdicts, one after the other: what a verdict shows beyond the
 screening is expected of the others too. The best of those that keep safety get the quality
 measures, in order, until one passes; one that fails is tried again with three quarters of its way, as often as there are
-finalists. Where no finalist keeps safety, as many others get whole verdicts, the safest first. All trials start from the
-same prompt caches. Every trial is a row of the frontier, which is kept; a resumed run reads it again.
+finalists. Where no finalist keeps safety, as many others of all that were screened get whole verdicts, the safest first. All
+trials start from the same prompt caches. Every trial is a row of the frontier, which is kept; a resumed run reads it again.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ class Tuner:
         fine = self._screen(self._fine(coarse))
         refined = self._screen(self._refined(fine))
         judged = self._finalists([*fine, *refined])
-        judged += self._safer([*fine, *refined], judged)
+        judged += self._safer([*coarse, *fine, *refined], judged)
         judged += [self._verdicts(rule) for rule in self._around(judged)]
         open_ = [trial for trial in judged if trial.feasible]
         shorter = self.settings.finalists
@@ -297,11 +297,8 @@ class Tuner:
     def _safer(self, screened: list[Trial], judged: list[Trial]) -> list[Trial]:
         """Where no finalist keeps safety: whole verdicts of others, the safest by the screening first, until one does."""
         found: list[Trial] = []
-        rest = [
-            trial
-            for trial in screened
-            if all(trial.rule != one.rule for one in judged) and ABOVE_KL not in trial.why_not
-        ]
+        others = {key_of(trial.rule): trial for trial in screened if ABOVE_KL not in trial.why_not}
+        rest = [trial for trial in others.values() if all(trial.rule != one.rule for one in judged)]
         rest.sort(key=lambda trial: (min(trial.weighted, trial.worst_source), trial.refused_harmful), reverse=True)
         for trial in rest[: self.settings.finalists]:
             if any(one.feasible for one in [*judged, *found]):
