@@ -440,6 +440,7 @@ def test_nothing_helps_says_so_and_saves_a_landscape_that_steers_nothing(tiny: T
     with pytest.raises(NothingHelps, match=r"saved with strength 0") as caught:
         fitted(tiny, tmp_path, settings=impossible)
     assert caught.value.exit_code == 3
+    assert "the one that removed most broke this: harmful refusals not above the plain model's" in str(caught.value)
     found = Landscape.from_pretrained(tmp_path / "landscape")
     assert found.rule.strength == 0
     assert found.provenance["dev"]["why_not"] == ["harmful refusals not above the plain model's by the margin"]

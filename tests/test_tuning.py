@@ -228,9 +228,20 @@ def test_harmful_refusals_must_not_fall_on_one_source(wide: Tuner) -> None:
         -0.06 + OF_TWO * 0.5 * math.sqrt((4 / 27 * 23 / 27 + 1 / 27 * 26 / 27) / 27), abs=1e-9
     )
     assert trial.feasible
-    assert rates(wide, [0.9, 0.36, 0.1], [0.5, 0.5, 0.4]).why_not == ["harmful refusals fall on one source"]
+    assert rates(wide, [0.9, 0.36, 0.1], [0.5, 0.5, 0.4]).why_not == ["harmful refusals fall on two"]
     wide.settings = wide.settings.model_copy(update={"worst_source": 0.0})
-    assert rates(wide, [0.9, 0.44, 0.1], [0.5, 0.5, 0.4]).why_not == ["harmful refusals fall on one source"]
+    assert rates(wide, [0.9, 0.44, 0.1], [0.5, 0.5, 0.4]).why_not == ["harmful refusals fall on two"]
+
+
+def test_the_prompts_under_attack_are_named_as_one_source(wide: Tuner) -> None:
+    wide.dev.prompts[:] = [
+        replace(one, source="two+dan", id=f"{at}+dan") if one.source == "two" else one
+        for at, one in enumerate(wide.dev.prompts)
+    ]
+    plain = np.where(wide.harmful, 1.0, 0.0)
+    attacked = np.array([one.source == "two+dan" for one in wide.dev.prompts])
+    trial = wide._trial(RULE, "verdicts", np.where(attacked, 0.0, plain), plain)
+    assert "harmful refusals fall on prompts under attack" in trial.why_not
 
 
 def test_a_gain_in_all_must_be_sure_once_it_is_weighted(wide: Tuner) -> None:

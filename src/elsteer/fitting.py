@@ -483,9 +483,10 @@ def _finish(
     )
     landscape.save_pretrained(run / "landscape")
     if trial is None:
+        broke = f"the one that removed most broke this: {' and '.join(best.why_not)}; " if best.why_not else ""
         raise NothingHelps(
-            f"No setting removed false refusals without harm on the dev prompts (see {run / 'frontier.jsonl'}): the landscape "
-            "was saved with strength 0; more prompts of all four outcomes are what helps most."
+            f"No setting removed false refusals without harm on the dev prompts (see {run / 'frontier.jsonl'}): {broke}the "
+            "landscape was saved with strength 0; more prompts of all four outcomes are what helps most."
         )
     return landscape
 
