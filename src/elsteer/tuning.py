@@ -148,7 +148,7 @@ class Tuner:
         fine = self._screen(self._fine(coarse))
         refined = self._screen(self._refined(fine))
         judged = self._finalists([*fine, *refined])
-        judged += self._safer([*coarse, *fine, *refined], judged)
+        judged += self._safer(judged)
         judged += [self._verdicts(rule) for rule in self._around(judged)]
         open_ = [trial for trial in judged if trial.feasible]
         shorter = self.settings.finalists
@@ -294,11 +294,15 @@ class Tuner:
             rest = [trial for trial in rest if trial.rule != best.rule and not (full and _band(trial) == band)]
         return found
 
-    def _safer(self, screened: list[Trial], judged: list[Trial]) -> list[Trial]:
+    def _safer(self, judged: list[Trial]) -> list[Trial]:
         """Where no finalist keeps safety: whole verdicts of others, the safest by the screening first, until one does."""
         found: list[Trial] = []
-        others = {key_of(trial.rule): trial for trial in screened if ABOVE_KL not in trial.why_not}
-        rest = [trial for trial in others.values() if all(trial.rule != one.rule for one in judged)]
+        screened = [trial for trial in self.tried.values() if trial.stage == "screening"]
+        rest = [
+            trial
+            for trial in screened
+            if all(trial.rule != one.rule for one in judged) and ABOVE_KL not in trial.why_not
+        ]
         rest.sort(key=lambda trial: (min(trial.weighted, trial.worst_source), trial.refused_harmful), reverse=True)
         for trial in rest[: self.settings.finalists]:
             if any(one.feasible for one in [*judged, *found]):
