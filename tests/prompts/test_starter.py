@@ -14,6 +14,7 @@ import pytest
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from elsteer.errors import PromptError
+from elsteer.prompts.split import _similar_pairs as similar_pairs
 from elsteer.prompts.starter import STARTER_SPLITS, load_starter
 
 SOUNDS_HARMFUL = {
@@ -137,11 +138,10 @@ def test_nothing_nearly_the_same_stands_in_two_splits() -> None:
     rows = sorted(ROWS, key=lambda row: row["split"] == "train")  # dev and test, which are few, come first
     few = sum(row["split"] != "train" for row in rows)
     matrix = TfidfVectorizer().fit_transform([row["prompt"] for row in rows])
-    near = (matrix[:few] @ matrix.T).tocoo()
     leaks = [
         (rows[i]["prompt"], rows[j]["prompt"])
-        for i, j, cosine in zip(near.row, near.col, near.data, strict=True)
-        if cosine >= NEAR and rows[i]["split"] != rows[j]["split"]
+        for i, j in similar_pairs(matrix[:few], matrix, NEAR)
+        if rows[i]["split"] != rows[j]["split"]
     ]
     assert leaks == []
 
@@ -161,10 +161,5 @@ def test_no_prompt_is_copied_from_a_public_set() -> None:
     # Weighed once by all texts and once by ours alone: each finds copies that the other's weights hide.
     for reference in (ours + public, ours):
         vectorizer = TfidfVectorizer(token_pattern=r"(?u)\b\w+\b").fit(reference)
-        near = (vectorizer.transform(ours) @ vectorizer.transform(public).T).tocoo()
-        copies = [
-            (round(float(cosine), 2), ours[i], public[j])
-            for i, j, cosine in zip(near.row, near.col, near.data, strict=True)
-            if cosine >= NEAR
-        ]
-        assert copies == []
+        near = similar_pairs(vectorizer.transform(ours), vectorizer.transform(public), NEAR)
+        assert [(ours[i], public[j]) for i, j in near] == []
