@@ -66,23 +66,23 @@ TRAINING = {
         refine_prompts=9600, refine_memory=12 << 30, benign_weights=(10.0, 4.0, 6.3, 16.0, 25.0, 40.0, 63.0)
     ),
     "1.5b": TrainingSettings(
-        refine_prompts=4800, refine_memory=12 << 30, benign_weights=(6.3, 16.0, 25.0, 40.0, 100.0)
+        refine_prompts=4800, refine_memory=32 << 30, benign_weights=(6.3, 16.0, 25.0, 40.0, 100.0)
     ),
 }
 BOUNDS = {"kl": 0.019, "perplexity_ratio": 1.03, "finalists": 3}  # below the goals
 TUNING = {
     "0.5b": TuningSettings(etas=(0.05, 0.044, 0.056), **BOUNDS),
-    "1.5b": TuningSettings(etas=(0.13, 0.1), **BOUNDS),
+    # The goal of +5 points is to hold on dev surely, not by chance: one-sided 95% is two points here.
+    "1.5b": TuningSettings(etas=(0.13,), safety_margin=0.07, **{**BOUNDS, "finalists": 4}),
 }
 # Of `--reduced`: dev prompts, by the start of their source.
 REDUCED_LIMIT, REDUCED_ATTACKED, REDUCED_CHOICES = 450, 120, 1200
-# Of the larger model two cores read two to five prompts a second, and those under attack are three times as long.
+# Of the larger model two cores read two to 13 prompts a second, and those under attack are three times as long.
 REDUCED_FIT: dict[str, dict[str, Any]] = {
     "1.5b": {
-        "limit": 14_000,
+        "limit": 62_000,
         "attack_share": 0.03,
         "attack_dev_share": 0.1,
-        "training": TRAINING["1.5b"].model_copy(update={"refine_prompts": 2400}),
     }
 }
 # Training prompts of the other methods under `--published`; those that train a network draw 4,000 at most.
