@@ -69,11 +69,11 @@ TRAINING = {
         refine_prompts=4800, refine_memory=32 << 30, benign_weights=(6.3, 16.0, 25.0, 40.0, 100.0)
     ),
 }
-BOUNDS = {"kl": 0.019, "perplexity_ratio": 1.03, "finalists": 3}  # below the goals
+BOUNDS = {"kl": 0.019, "perplexity_ratio": 1.03}  # below the goals
 TUNING = {
-    "0.5b": TuningSettings(etas=(0.05, 0.044, 0.056), **BOUNDS),
+    "0.5b": TuningSettings(etas=(0.05, 0.044, 0.056), finalists=3, **BOUNDS),
     # The goal of +5 points is to hold on dev surely, not by chance: one-sided 95% is two points here.
-    "1.5b": TuningSettings(etas=(0.13,), safety_margin=0.07, **{**BOUNDS, "finalists": 4}),
+    "1.5b": TuningSettings(etas=(0.13,), safety_margin=0.07, **BOUNDS),
 }
 # Of `--reduced`: dev prompts, by the start of their source.
 REDUCED_LIMIT, REDUCED_ATTACKED, REDUCED_CHOICES = 450, 120, 1200
