@@ -216,7 +216,10 @@ class Work:
             fit(*self.model, train, dev=dev, neutral=neutral, run_dir=self.fitted(seed), settings=settings,
                 progress=progress, command=self.command)  # fmt: skip
         except NothingHelps as error:
-            sys.stderr.write(f"{error}\n")
+            sys.stderr.write(f"Error: {error}\n")
+            # --small: so few prompts say little, and the other parts are to be seen working. Another seed: removes 0%.
+            if not self.small and not seed:
+                sys.exit(2)
 
     def compare(self, methods: tuple[str, ...], folder: Path, *, seed: int = 0, suites: tuple[str, ...] = SUITES,
                 strengths: tuple[float, ...] | None = None, limit: int | None = None) -> ComparisonResult:  # fmt: skip
