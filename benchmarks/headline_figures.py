@@ -45,7 +45,7 @@ import elsteer
 from elsteer.comparison.compare import compare, known_methods, part_of
 from elsteer.comparison.result import ComparisonResult
 from elsteer.demo import decode_overhead, fast_dtype
-from elsteer.errors import NothingHelps
+from elsteer.errors import ElsteerError, NothingHelps
 from elsteer.evaluation.capability import TASKS, capability
 from elsteer.evaluation.evaluate import evaluate
 from elsteer.evaluation.figures import Figure, figures_markdown, machine, read_figures, write_figures
@@ -216,10 +216,10 @@ class Work:
             fit(*self.model, train, dev=dev, neutral=neutral, run_dir=self.fitted(seed), settings=settings,
                 progress=progress, command=self.command)  # fmt: skip
         except NothingHelps as error:
-            sys.stderr.write(f"Error: {error}\n")
             # --small: so few prompts say little, and the other parts are to be seen working. Another seed: removes 0%.
-            if not self.small and not seed:
-                sys.exit(2)
+            if not (self.small or seed):
+                raise
+            sys.stderr.write(f"{error}\n")
 
     def compare(self, methods: tuple[str, ...], folder: Path, *, seed: int = 0, suites: tuple[str, ...] = SUITES,
                 strengths: tuple[float, ...] | None = None, limit: int | None = None) -> ComparisonResult:  # fmt: skip
@@ -504,4 +504,8 @@ def write_page(results: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except ElsteerError as error:
+        sys.stderr.write(f"Error: {error}\n")
+        sys.exit(error.exit_code)
