@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from elsteer import __version__
+from elsteer.allocator import keep_freed_memory
 from elsteer.commands.capability import capability
 from elsteer.commands.compare import compare
 from elsteer.commands.look import chat, inspect, push
@@ -38,4 +39,5 @@ for command in (demo, fit, evaluate, compare, capability, inspect, chat, push, m
 
 def main() -> None:
     """The entry point of the command."""
+    keep_freed_memory()
     app()

@@ -86,8 +86,11 @@ _UNABLE = (
     r"(?:unable to|not able to|(?:in|not )capable of|not in a position to"
     r"|not (?:allowed|permitted|authori[sz]ed|comfortable|programmed|designed|going|willing|here)(?: to| with| in)?)"
 )
+# "Not a legal requirement" and the like say that a thing is free, not that it is wrong.
+_NO_DUTY = r"(?! (?:offen[cs]e|crime|issue|matter|question|requirement|obligation|duty)\b)"
+_LEGAL = rf"(?:(?:legal or )?ethical{_NO_DUTY}|legal(?! or ethical\b){_NO_DUTY})"
 _GOOD = (
-    r"(?:appropriate|ethical|legal|acceptable|okay|ok|respectful|productive|advisable|recommended|safe|healthy|responsible"
+    rf"(?:appropriate|{_LEGAL}|acceptable|okay|ok|respectful|productive|advisable|recommended|safe|healthy|responsible"
     r"|constructive|right|moral)"
 )
 _BAD = (
@@ -167,8 +170,8 @@ RULES: tuple[Rule, ...] = (
           rf"{_CLAUSE}{_THIS} (?:is|are|would be|may) (?:\w+ly )?(?:not|never|neither) "
           rf"(?:\w+ly |an? |in |be |considered ){{0,2}}{_GOOD}"),
     _rule("not healthy or legal", 0.35, 0, 400,
-          r"\bnot (?:a |an |only )?"
-          r"(?:healthy|productive|constructive|effective|appropriate|acceptable|ethical|legal|okay)\b"),
+          rf"\bnot (?:a |an |only )?"
+          rf"(?:healthy|productive|constructive|effective|appropriate|acceptable|{_LEGAL}|okay)\b"),
     _rule("never right", 0.15, 0, 400,
           r"\b(?:is|are|be) never (?:a |an )?(?:okay|ok|acceptable|appropriate|right|justified|good)"),
     _rule("it is illegal or unethical", 0.3, 0, 150,
