@@ -17,6 +17,7 @@ from pathlib import Path
 from headline_figures import progress, shipped_landscape
 
 import elsteer
+from elsteer.allocator import keep_freed_memory
 from elsteer.demo import fast_dtype
 from elsteer.evaluation.evaluate import evaluate
 from elsteer.evaluation.figures import machine
@@ -52,4 +53,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     main()

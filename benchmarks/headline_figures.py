@@ -42,6 +42,7 @@ import numpy as np
 from readme_figures import SETS
 
 import elsteer
+from elsteer.allocator import keep_freed_memory
 from elsteer.comparison.compare import compare, known_methods, part_of
 from elsteer.comparison.result import ComparisonResult
 from elsteer.demo import decode_overhead, fast_dtype
@@ -504,6 +505,7 @@ def write_page(results: Path) -> int:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     try:
         sys.exit(main())
     except ElsteerError as error:

@@ -31,6 +31,8 @@ def tiny() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 @pytest.fixture(scope="session")
 def real() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The default model in float32, fetched on first use. Shared by all tests: leave it as it was."""
+    from elsteer.allocator import keep_freed_memory
     from elsteer.models import load
 
+    keep_freed_memory()  # as the command does
     return load(REAL, device="cpu")
