@@ -17,7 +17,12 @@ from time import perf_counter
 
 from side_by_side import keep, ratio, show
 
+import elsteer
+from elsteer.allocator import keep_freed_memory
+from elsteer.completions import PromptCaches
+from elsteer.demo import MODEL, fast_dtype
 from elsteer.evaluation.figures import Figure, machine
+from elsteer.prompts import load_starter, sample
 
 COMMAND = "python benchmarks/bench_pages.py"
 PROMPTS, PASSES, REPEATS = 128, 4, 3
@@ -25,12 +30,6 @@ PROMPTS, PASSES, REPEATS = 128, 4, 3
 
 def child(kept: bool) -> None:
     """Prefills in this process; prints seconds, faults and MiB as JSON."""
-    import elsteer
-    from elsteer.allocator import keep_freed_memory
-    from elsteer.completions import PromptCaches
-    from elsteer.demo import MODEL, fast_dtype
-    from elsteer.prompts import load_starter, sample
-
     if kept and not keep_freed_memory():
         raise SystemExit("The C library here is not glibc, or MALLOC_ variables are set: there is nothing to compare.")
     model, tokenizer = elsteer.load(MODEL, dtype=fast_dtype(), device="cpu")
@@ -49,8 +48,6 @@ def child(kept: bool) -> None:
 
 
 def main() -> None:
-    from elsteer.demo import MODEL, fast_dtype
-
     found: dict[str, list[list[float]]] = {"left": [], "kept": []}
     for _ in range(REPEATS):
         for name, rows in found.items():
