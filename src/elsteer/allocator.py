@@ -2,8 +2,8 @@
 
 A forward pass on a CPU asks for the same few hundred MiB again and again. glibc's `malloc` gives each large block back to the
 system as soon as it is free, which then hands out empty pages anew, one fault for 4 KiB: a quarter of the pass on a virtual
-machine (docs/performance.md). With `keep_freed_memory` freed blocks below `LARGE` stay with the process and are used again. The command
-`elsteer` calls it; a program of your own may.
+machine (docs/performance.md). With `keep_freed_memory` freed blocks below `LARGE` stay with the process and are used again.
+The command `elsteer` calls it; a program of your own may.
 
 Two settings of glibc (mallopt(3)): M_MMAP_THRESHOLD, from which size on a block is mapped by itself and so given back when freed,
 and M_TRIM_THRESHOLD, how much may lie free at the end of the heap.
