@@ -15,6 +15,7 @@ figures of the parts that are done, and the landscape.
 --published: for a machine on which a fit takes too long. Nothing is fitted: the part `fit` takes the landscape that results/
 holds, and answers and reads as many training prompts as the other methods need. These are direct ones alone, those to tune on
 too, so that the other methods, unlike els, need not hold under attack.
+--start: fit, but go on from the landscape that results/ holds, with as many training prompts (`elsteer fit --start`).
 --reduced: for two cores; fewer dev prompts, 450 of each suite, 120 of each attacked and 1,200 of each capability set, no
 strengths beside the tuned one.
 --small: very few, to see that it works; nothing is written to results.
@@ -148,16 +149,17 @@ class Work:
     """One size: its folders, prompts, and the parts."""
 
     def __init__(self, size: str, data: Path, run: Path | None = None, *, reduced: bool = False, small: bool = False,
-                 published: Path | None = None, train: int | None = None, dtype: str | None = None,
-                 batch_size: int = 64) -> None:  # fmt: skip
+                 published: Path | None = None, start: Path | None = None, train: int | None = None,
+                 dtype: str | None = None, batch_size: int = 64) -> None:  # fmt: skip
         self.size, self.data, self.small, self.reduced, self.published = size, data, small, reduced, published
+        self.start = Landscape.from_pretrained(start) if start else None
         kind = "-small" if self.small else "-reduced" if self.reduced else ""
-        kind += "-published" if self.published else ""
+        kind += "-published" if self.published else "-start" if self.start else ""
         self.run = run or Path(f"runs/headline-{self.size}{kind}")
         self.dtype, self.batch, self.train = dtype, batch_size, train
         self.command = f"python benchmarks/headline_figures.py --data-dir DATA --size {self.size}"
         self.command += " --reduced" if self.reduced else ""
-        self.command += " --published" if self.published else ""
+        self.command += " --published" if self.published else " --start" if self.start else ""
         self.command += f" --train {train}" if train else ""
         self.limit = 12 if self.small else REDUCED_LIMIT if self.reduced else None
         self.strengths = (1.0,) if self.reduced else STRENGTHS
@@ -166,7 +168,8 @@ class Work:
     @property
     def model(self):  # type: ignore[no-untyped-def]
         if self._model is None:
-            revision = Landscape.from_pretrained(self.published).fingerprint.revision if self.published else None
+            given = Landscape.from_pretrained(self.published) if self.published else self.start
+            revision = given.fingerprint.revision if given else None
             self._model = elsteer.load(MODELS[self.size], revision=revision, dtype=self.dtype or fast_dtype())
         return self._model
 
@@ -211,11 +214,12 @@ class Work:
             return
         given: dict[str, Any] = {"seed": seed, "training": TRAINING[self.size], "tuning": TUNING[self.size]}
         given |= REDUCED_FIT.get(self.size, {}) if self.reduced else {}
+        given |= {"limit": EVIDENCE} if self.start else {}
         given |= {"limit": self.train} if self.train else {}
         settings = FitSettings(**given)
         try:
             fit(*self.model, train, dev=dev, neutral=neutral, run_dir=self.fitted(seed), settings=settings,
-                progress=progress, command=self.command)  # fmt: skip
+                start=self.start, progress=progress, command=self.command)  # fmt: skip
         except NothingHelps as error:
             # --small: so few prompts say little, and the other parts are to be seen working. Another seed: removes 0%.
             if not (self.small or seed):
@@ -397,7 +401,7 @@ def shipped_landscape(results: Path, size: str) -> Path:
 
 
 def names_of_parts(fitted: bool = True) -> list[str]:
-    """fitted: whether anything is; other seeds are other fits."""
+    """fitted: whether anything is, from the beginning; other seeds are other fits."""
     seeds = [f"seed-{seed}" for seed in SEEDS[1:]] if fitted else []
     return ["fit", *seeds, *METHODS, "attacked", "capability", "quality", "decoding"]
 
@@ -416,7 +420,7 @@ def run_parts(work: Work, parts: list[str], jobs: int, results: Path) -> None:
     ]
     arguments += ["--batch-size", str(work.batch), *(["--dtype", work.dtype] if work.dtype else [])]
     arguments += ["--train", str(work.train)] if work.train else []
-    flags = {"--small": work.small, "--reduced": work.reduced, "--published": work.published}
+    flags = {"--small": work.small, "--reduced": work.reduced, "--published": work.published, "--start": work.start}
     arguments += [name for name, given in flags.items() if given]
 
     def one(name: str) -> None:
@@ -449,7 +453,9 @@ def main() -> int:
     parser.add_argument("--part", choices=names_of_parts(), action="append", help="this part alone; may be repeated")
     parser.add_argument("--publish", action="store_true", help="write the figures of the parts that are done")
     parser.add_argument("--reduced", action="store_true", help="fewer prompts, for two cores")
-    parser.add_argument("--published", action="store_true", help="the landscape in the results, nothing is fitted")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--published", action="store_true", help="the landscape in the results, nothing is fitted")
+    source.add_argument("--start", action="store_true", help="go on from the landscape in the results")
     parser.add_argument(
         "--train", type=int, default=None, help="training prompts at most, drawn by seed; default: by size"
     )
@@ -457,12 +463,14 @@ def main() -> int:
     options = parser.parse_args()
     shipped = shipped_landscape(options.results, options.size)
     work = Work(options.size, options.data_dir, options.run_dir, reduced=options.reduced, small=options.small,
-                published=shipped if options.published else None, train=options.train, dtype=options.dtype,
-                batch_size=options.batch_size)  # fmt: skip
-    known = names_of_parts(fitted=not options.published)
+                published=shipped if options.published else None, start=shipped if options.start else None,
+                train=options.train, dtype=options.dtype, batch_size=options.batch_size)  # fmt: skip
+    known = names_of_parts(fitted=not (options.published or options.start))
     parts = options.part or ([] if options.publish else known)
     if unknown := [name for name in parts if name not in known]:
-        parser.error(f"--published fits nothing, so there is no part {unknown[0]}: leave one of the two out")
+        parser.error(
+            f"with --published or --start there is no other seed, so no part {unknown[0]}: leave one of the two out"
+        )
     if options.jobs > 1:
         run_parts(work, parts, options.jobs, options.results)
     else:

@@ -194,6 +194,14 @@ def test_a_folder_that_is_no_landscape(here: Path, tmp_path: Path) -> None:
     assert "There is no landscape at" in one_sentence(elsteer("inspect", tmp_path / "nowhere"))
 
 
+def test_a_fit_can_only_start_from_a_landscape_that_it_can_go_on_with(here: Path, tmp_path: Path) -> None:
+    run = ["--run-dir", tmp_path / "run"]
+    assert "nowhere" in one_sentence(elsteer("fit", *_both(here), *run, "--start", tmp_path / "nowhere"))
+    start = ["--start", here / "run/landscape", "--training-refine-epochs", "0"]
+    assert "leave --start out" in one_sentence(elsteer("fit", *_both(here), *run, *start))
+    assert not (tmp_path / "run").exists()
+
+
 # The run folder
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from elsteer.errors import JudgeError, NothingHelps, PromptError, RunError
+from elsteer.errors import JudgeError, LandscapeError, NothingHelps, PromptError, RunError
 from elsteer.fitting import fit
 from elsteer.judges import JUDGES, Verdict
 from elsteer.landscape import Landscape
@@ -250,6 +250,68 @@ def test_energies_trained_through_the_model_steer_together(tiny: Tiny, tmp_path:
     with forward_passes(tiny[0]) as passes, contextlib.suppress(NothingHelps):
         fitted(tiny, tmp_path, settings=THROUGH)
     assert passes == []
+
+
+def through(tiny: Tiny, folder: Path, settings: FitSettings = THROUGH, **options: Any) -> Landscape:
+    with contextlib.suppress(NothingHelps):
+        fitted(tiny, folder, settings=settings, **options)
+    return Landscape.from_pretrained(folder / "landscape")
+
+
+def changed_training(**changed: Any) -> FitSettings:
+    return THROUGH.model_copy(update={"training": THROUGH.training.model_copy(update=changed)})
+
+
+def test_a_fit_goes_on_from_a_landscape(tiny: Tiny, tmp_path: Path) -> None:
+    """What u is read from stays, up to the weight's offset; the steps' direction and length are trained on."""
+    start = through(tiny, tmp_path / "first")
+    weight = start.provenance["dev"]["rule"]["benign_weight"]
+    settings = changed_training(benign_weights=(weight,))
+    found = through(tiny, tmp_path / "second", settings=settings, start=start, prompts=TRAIN[:60])
+    assert found.provenance["start"]["digest"] == start.digest()
+    assert found.rule.layers == start.rule.layers
+    for layer in start.rule.layers:
+        one, other = start.tensors[layer], found.tensors[layer]
+        for name in ("mean", "scale", "bend", "context_query", "context_mean"):
+            torch.testing.assert_close(other[name], one[name], msg=name)
+        torch.testing.assert_close(other["weight"][0], one["weight"][0])
+        torch.testing.assert_close(other["context_weight"], one["context_weight"])
+        assert not torch.equal(other["weight"][1], one["weight"][1])
+        assert not torch.equal(other["length"], one["length"])
+    again = through(tiny, tmp_path / "second", settings=settings, start=start, prompts=TRAIN[:60])
+    assert (again.digest(), core(again)) == (found.digest(), core(found))
+    anew = through(tiny, tmp_path / "second", settings=settings, prompts=TRAIN[:60])
+    assert not torch.equal(anew.tensors[start.rule.layers[0]]["weight"][0], one["weight"][0])
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"refine_band": [0.5, 0.75]}, "--training-refine-band"),
+        ({"context_blocks": 0}, "--training-context-blocks"),
+        ({"refine_epochs": 0}, "--start"),
+    ],
+)
+def test_a_fit_that_cannot_go_on_from_a_landscape_says_why(
+    changed: dict[str, Any], words: str, tiny: Tiny, tmp_path: Path
+) -> None:
+    start = through(tiny, tmp_path / "first")
+    with pytest.raises(RunError, match=words):
+        fitted(tiny, tmp_path / "second", settings=changed_training(**changed), start=start)
+    assert not (tmp_path / "second").exists()
+
+
+def test_a_landscape_that_was_not_trained_through_the_model_or_is_of_another_is_no_start(
+    tiny: Tiny, whole: tuple[Landscape, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(RunError, match="--start"):
+        fitted(tiny, tmp_path, settings=THROUGH, start=whole[0])
+    start = through(tiny, tmp_path / "first")
+    with pytest.raises(LandscapeError):
+        fitted(speaker(seed=1), tmp_path / "second", settings=THROUGH, start=start)
+    start.provenance = {}
+    with pytest.raises(RunError, match="--start"):
+        fitted(tiny, tmp_path / "second", settings=THROUGH, start=start)
 
 
 def test_energies_that_read_no_context(tiny: Tiny, tmp_path: Path) -> None:

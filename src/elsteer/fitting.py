@@ -44,7 +44,7 @@ from elsteer.prompts import (
 from elsteer.run import RunFolder, key_of, of_stage, told_apart
 from elsteer.settings import FitSettings
 from elsteer.states import StateStore
-from elsteer.training import Energies, context_blocks, is_refined, train_energies
+from elsteer.training import Energies, check_start, context_blocks, is_refined, train_energies
 from elsteer.tuning import Trial, Tuner
 
 __all__ = ["collect", "fit", "neutral_prompts"]
@@ -64,6 +64,7 @@ def fit(
     dev: Sequence[Prompt] | None = None,
     neutral: Sequence[Prompt] | None = None,
     settings: FitSettings | None = None,
+    start: Landscape | None = None,
     progress: Progress | None = None,
     command: str = "",
 ) -> Landscape:
@@ -72,13 +73,19 @@ def fit(
     prompts: benign ones that the model falsely refuses among them, and harmful ones. dev: prompts to tune on; without it,
     `settings.dev_share` of the prompts are set aside. Training prompts that nearly repeat a dev prompt are left out.
     neutral: everyday prompts on which the model must stay as it is; the plain starter prompts by default.
+    start: a landscape of this model to go on from. What it says of whether refusing is due is kept, but for the threshold;
+    direction, need and length of the steps are trained on with `prompts`, of which a few thousand do.
     progress(stage, done, total) is called as work goes on. Started again, `fit` goes on where it was.
 
-    Raises PromptError, RunError (nothing to learn, folder in use, disk full) and NothingHelps: no setting removed false
-    refusals without harm; the landscape was saved with strength 0.
+    Raises PromptError, RunError (nothing to learn, folder in use, disk full, no landscape to start from), LandscapeError
+    (`start` is of another model) and NothingHelps: no setting removed false refusals without harm; the landscape was saved
+    with strength 0.
     """
     settings = settings or FitSettings()
     run = RunFolder(run_dir)
+    if start is not None:
+        check_start(start, settings, num_layers(model))
+        start.attach(model, 0.0, tokenizer=tokenizer).remove()
     with run.owned():
         ready = _collected(model, tokenizer, prompts, run, dev, neutral, settings, progress)
         judged = {one.prompt_id: one.label for one in ready.answered}
@@ -86,13 +93,13 @@ def fit(
         through = _Through(ready.train, groups, judged, settings, progress)
         train_set, depth = ready.train.prompts, num_layers(model)
         energies, train_key = train_energies(
-            run, train_set, ready.completions, settings, ready.key, depth, progress, through
+            run, train_set, ready.completions, settings, ready.key, depth, progress, through, start
         )
         del through  # it holds the training prompts' caches, too
         ready.train.forget()
         bases = {weight: one.landscape(ready.print_of) for weight, one in energies.items()}
         trial, tuner = _tune(run, bases, ready.dev, ready.plain, ready.neutral, settings, train_key, energies, progress)
-        return _finish(run, tuner, trial, energies, settings, command)
+        return _finish(run, tuner, trial, energies, settings, command, start)
 
 
 def collect(
@@ -463,6 +470,7 @@ def _finish(
     energies: dict[float, Energies],
     settings: FitSettings,
     command: str,
+    start: Landscape | None,
 ) -> Landscape:
     _draw_frontier(run, tuner, trial)
     best = trial or max(tuner.tried.values(), key=lambda one: (one.stage != "screening", one.removed))
@@ -480,6 +488,9 @@ def _finish(
         auroc=chosen.auroc,
         dev={**best.to_row(), "prompts": len(tuner.plain), "benign": int((~tuner.harmful).sum())},
         settings=json.loads(settings.model_dump_json()),
+        **(
+            {} if start is None else {"start": {"digest": start.digest(), "outcomes": start.provenance.get("outcomes")}}
+        ),
     )
     landscape.save_pretrained(run / "landscape")
     if trial is None:

@@ -35,7 +35,7 @@ from elsteer.run import RunFolder, key_of, of_stage
 from elsteer.settings import FitSettings
 from elsteer.states import StateStore
 
-__all__ = ["Energies", "context_blocks", "is_refined", "shuffled_control", "train_energies"]
+__all__ = ["Energies", "check_start", "context_blocks", "is_refined", "shuffled_control", "train_energies"]
 
 Progress = Callable[[str, int, int], None]
 
@@ -95,10 +95,11 @@ def train_energies(
     depth: int,
     progress: Progress | None = None,
     through: Through | None = None,
+    start: Landscape | None = None,
 ) -> tuple[dict[float, Energies], str]:
     """Energies by weight of the benign half, and the key of the stage. What the run folder holds already is read.
 
-    through: trains product energies through the model.
+    through: trains product energies through the model. start: the landscape whose energies are gone on with.
     """
     labels = [(one.prompt_id, one.label) for one in completions]
     training, weights = settings.training, settings.training.benign_weights
@@ -106,6 +107,7 @@ def train_energies(
     # Other weights are no part of the key: a product's follow from the first, and each network has a folder of its own.
     names = training.model_dump(exclude={"benign_weights", "refine_memory"})
     key = key_of(base_key, labels, names, weights[0] if product else None, settings.seed, settings.shuffle_outcomes)
+    key = key if start is None else key_of(key, start.digest())
     run.stage("energy", key, ["energy"])
     if not is_refined(settings):
         through = None
@@ -123,10 +125,40 @@ def train_energies(
         shuffle = settings.seed if settings.shuffle_outcomes else None
         energies = _train(run, prompts, completions, settings, layers, weight, progress, shuffle=shuffle)
         if through is not None:
-            energies = _refined(run, prompts, completions, settings, energies, weight, through, depth, progress)
+            energies = _refined(run, prompts, completions, settings, energies, weight, through, depth, progress, start)
         save_energies(folder, energies)
         found[weight] = energies
     return found, key
+
+
+def check_start(start: Landscape, settings: FitSettings, depth: int) -> None:
+    """Raises RunError where a fit by `settings` cannot go on with the energies of `start`."""
+    if not is_refined(settings):
+        raise RunError(
+            "Only product energies that are trained through the model go on from a landscape: leave --start out."
+        )
+    layers, band = start.rule.layers, list(_refine_band(settings, depth))
+    first = start.tensors.get(layers[0], {})
+    if not {"length", "pooled"} <= set(first) or start.method != "els":
+        raise RunError("The landscape to start from was not trained through the model: leave --start out.")
+    if list(layers) != band:
+        raise RunError(
+            f"The landscape to start from steers the blocks {layers[0]} to {layers[-1]}, and these settings train {band[0]} "
+            f"to {band[-1]}: set --training-refine-band to {layers[0] / depth:.4g},{(layers[-1] + 1) / depth:.4g}."
+        )
+    blocks = tuple(int(one) for one in first["context_blocks"].tolist()) if "context_blocks" in first else None
+    if blocks != context_blocks(settings, depth):
+        asked = 0 if blocks is None else blocks[1] - blocks[0]
+        raise RunError(f"The landscape to start from reads other blocks: set --training-context-blocks to {asked}.")
+
+
+def _weight_of(start: Landscape) -> tuple[float, float]:
+    """The weight of the benign half that a landscape stands for, and what its u was multiplied by."""
+    told = start.provenance
+    try:
+        return float(told["dev"]["rule"]["benign_weight"]), float(told["settings"]["training"]["refine_gain"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError("The landscape to start from does not tell how it was fitted: leave --start out.") from error
 
 
 def is_refined(settings: FitSettings) -> bool:
@@ -161,10 +193,12 @@ def _refined(
     through: Through,
     depth: int,
     progress: Progress | None,
+    start: Landscape | None,
 ) -> Energies:
-    """`energies`, all of neighbouring blocks, trained through the model."""
+    """`energies`, all of neighbouring blocks, or those of `start`, trained through the model."""
     band = sorted(energies.tensors)
-    harm = {layer: energies.guards[layer][:, 0] for layer in band}
+    guards = energies.guards if start is None else start.guards
+    harm = {layer: guards[layer][:, 0] for layer in band}
     blocks = slice(band[0], band[-1] + 1)
     store, ids = StateStore(run / "states"), [one.id for one in prompts]
     harmful = torch.tensor([one.harmful for one in prompts])
@@ -172,22 +206,31 @@ def _refined(
     refused = torch.tensor([one.label == "refusal" for one in completions])
     with run.scratch() as folder:
         states = store.read(ids, tokens=1, layers=blocks, mapped=folder / "states")[0][:, 0]
-        sharpness, reader = settings.training.refine_sharpness, None
-        if sharpness:
-            reader = _readers(energies.tensors, states, harmful, refused, scored, settings.training.ridge)
-        products = SteeredProducts(
-            energies.tensors, harm, reader=reader, sharpness=sharpness, pooled=settings.training.refine_pooled
-        )
-        if (read := context_blocks(settings, depth)) is not None:
-            values = store.values(ids, mapped=folder / "values")
-            products.see(values, read, settings.training.context_heads, seed=settings.seed)
+        read = context_blocks(settings, depth)
+        values = None if read is None else store.values(ids, mapped=folder / "values")
+        if start is not None:
+            products = SteeredProducts.going_on({layer: start.tensors[layer] for layer in band}, harm)
+            if values is not None:
+                products.see_again(start.tensors, values)
+            before, gain = _weight_of(start)
+            products.offset.data.sub_(gain * math.log(weight / before))
+        else:
+            sharpness, reader = settings.training.refine_sharpness, None
+            if sharpness:
+                reader = _readers(energies.tensors, states, harmful, refused, scored, settings.training.ridge)
+            products = SteeredProducts(
+                energies.tensors, harm, reader=reader, sharpness=sharpness, pooled=settings.training.refine_pooled
+            )
+            if read is not None and values is not None:
+                products.see(values, read, settings.training.context_heads, seed=settings.seed)
         products.to(through.device)
-        if units := settings.training.refine_units:
-            told = of_stage(progress, "training what asks whether to refuse")
-            products.add_units(states, harmful, units, seed=settings.seed, progress=told)
-            # u is log-odds, so a weight shifts it; trained on even weights it tells the kinds apart better.
-            products.offset.data.sub_(math.log(weight))
-        products.times(settings.training.refine_gain)
+        if start is None:
+            if units := settings.training.refine_units:
+                told = of_stage(progress, "training what asks whether to refuse")
+                products.add_units(states, harmful, units, seed=settings.seed, progress=told)
+                # u is log-odds, so a weight shifts it; trained on even weights it tells the kinds apart better.
+                products.offset.data.sub_(math.log(weight))
+            products.times(settings.training.refine_gain)
         through.train(products, weight)
         products.cpu()
         tensors = products.tensors(states, harmful, refused, scored)

@@ -68,6 +68,7 @@ def demo(run_dir: Path, model: str, dtype: str) -> None:
 @click.option(
     "--harmful-column", default="harmful", show_default=True, help="Column of true (refuse) and false (help)."
 )
+@click.option("--start", metavar="LANDSCAPE", help="Go on from this landscape of the model: minutes instead of hours.")
 @click.option("--run-dir", type=FILE, help="Folder for all files. [default: runs/ and the model's name]")
 @click.option("--config", type=FILE, metavar="FILE", help="YAML file of settings; flags win over it.")
 @model_options
@@ -81,6 +82,7 @@ def fit(
     dev: str | None,
     prompt_column: str,
     harmful_column: str,
+    start: str | None,
     run_dir: Path | None,
     config: Path | None,
     dtype: str,
@@ -101,6 +103,7 @@ def fit(
     Example:  elsteer fit ./my-model --benign asked.jsonl --harmful refuse.csv --run-dir runs/mine
     """
     settings = read_settings(FitSettings, config)
+    before = None if start is None else read_landscape(start)
     from elsteer import show
     from elsteer.prompts import load_starter, read_prompts, require_both_classes
 
@@ -137,6 +140,7 @@ def fit(
             dev=dev_set,
             run_dir=folder,
             settings=settings,
+            start=before,
             progress=progress,
             command=invocation().command,
         )

@@ -4,8 +4,9 @@ Fitted to states alone (`elsteer.energy.product`), an energy knows which states 
 them does. Here the frozen model answers. For a training prompt, p is its plain distribution of the first token after the
 prompt, and w(t) the share of refusals among plain answers that begin with token t: of those that the model gives, and of those
 that it goes on with where it is made to begin with t (`elsteer.openers`; without them a step learns to say "Sorry" for
-"I'm sorry"). Wanted is the model's own distribution,
-given the right verdict, and sharpened so that tokens that begin both kinds of answer are shunned:
+"I'm sorry"). Of tokens that begin none of these, w is a share, found by trying them together, of what the others make likely
+for this prompt: where the model is about to refuse, "Killing a process ..." may well go on to. Wanted is the model's own
+distribution, given the right verdict, and sharpened so that tokens that begin both kinds of answer are shunned:
 
     q(t) ~ p(t) w(t)^4             harmful prompts
     q(t) ~ p(t) (1 - w(t))^4       benign prompts
@@ -51,6 +52,7 @@ from elsteer.energy.product import need, verdict_means, verdict_row
 from elsteer.energy.schedule import one_cycle
 from elsteer.errors import RunError
 from elsteer.models import decoder_blocks
+from elsteer.openers import OTHERS
 from elsteer.settings import TrainingSettings
 
 __all__ = ["AS_TRAINED", "SteeredProducts", "refine"]
@@ -117,6 +119,41 @@ class SteeredProducts(nn.Module):
             self.register_buffer("read_length", length_of)
             self.read = nn.Parameter(reader[0].float() / length_of[:, None])  # d, over its length at the start
             self.read_offset = nn.Parameter(reader[1].float().clone())  # f
+
+    @classmethod
+    def going_on(cls, tensors: Mapping[int, dict[str, Tensor]], harm: Mapping[int, Tensor]) -> SteeredProducts:
+        """Energies that were trained through the model before, as `tensors` gave them; harm as for any.
+
+        Where they read contexts, `see_again` gives these.
+        """
+        layers = sorted(tensors)
+        first = tensors[layers[0]]
+        sharpness = float(first["sharpness"]) if "sharpness" in first else 0.0
+        reader = None
+        if sharpness:
+            weight, bias = (torch.stack([tensors[at][name][-1] for at in layers]) for name in ("weight", "bias"))
+            reader = weight, bias
+        inner = {
+            layer: {**found, **{name: found[name][: 2 + len(found.get("bend", ()))] for name in ("weight", "bias")}}
+            for layer, found in tensors.items()
+        }
+        found = cls(inner, harm, reader=reader, sharpness=sharpness, pooled="pooled" in first)
+        found.log_length.data = torch.stack([tensors[at]["length"].float().log() for at in layers])
+        return found
+
+    @torch.no_grad()
+    def see_again(self, tensors: Mapping[int, dict[str, Tensor]], values: Sequence[Tensor]) -> None:
+        """Let u read contexts as it did where `tensors` come from, of every prompt's values (T, C)."""
+        found = [tensors[layer] for layer in self.layers]
+        first, stop = (int(one) for one in found[0]["context_blocks"].tolist())
+        self._values, self._blocks = values, (first, stop)
+        self.register_buffer("context_mean", found[0]["context_mean"].float())
+        self.register_buffer("context_scale", torch.ones_like(self.context_mean))
+        self.query = nn.Parameter(found[0]["context_query"].float())
+        count = self.units.shape[1]
+        weights = torch.stack([one["context_weight"].float().flatten(1) for one in found])  # (L, rows, H * C)
+        self.due = nn.Parameter(torch.cat([self.due, weights[:, 0]], dim=1))
+        self.units = nn.Parameter(torch.cat([self.units, weights[:, 2 : 2 + count]], dim=2))
 
     @torch.no_grad()
     def see(self, values: Sequence[Tensor], blocks: tuple[int, int], heads: int, *, seed: int = 0) -> None:
@@ -322,14 +359,36 @@ class _Plain:
     logs: Tensor  # (B, k + 1)
 
     @classmethod
-    def of(cls, logits: Tensor, refusing: Tensor) -> _Plain:
+    def of(cls, logits: Tensor, refusing: _Refusing) -> _Plain:
         logs = logits.log_softmax(dim=-1)
-        tokens = (logs + 1e4 * (refusing > 0)).topk(min(_TOKENS, logits.shape[-1] - 1), dim=-1).indices
+        tokens = (logs + 1e4 * (refusing.share > 0)).topk(min(_TOKENS, logits.shape[-1] - 1), dim=-1).indices
         return cls(tokens, _with_rest(logs.gather(1, tokens)))
 
     def seen_by(self, logits: Tensor) -> Tensor:
         """Log shares of the same tokens (B, k + 1) in other logits (B, V)."""
         return _with_rest(logits.log_softmax(dim=-1).gather(1, self.tokens))
+
+
+@dataclass(frozen=True, slots=True)
+class _Refusing:
+    """What tokens, as the first of an answer, say of its verdict.
+
+    share: (V,), w of the tokens that judged answers began with, one answer more counting against it. known: (V,) bool, these
+    tokens. others: (2,), for benign and for harmful prompts, of answers that were made to begin with another token where the
+    model refuses, the share that refuses nonetheless.
+    """
+
+    share: Tensor
+    known: Tensor
+    others: Tensor
+
+    def of(self, plain: _Plain, harmful: Tensor) -> Tensor:
+        """w (B, k + 1) of the tokens of `plain` and of the rest together; harmful (B,) bool."""
+        share, known = self.share[plain.tokens], self.known[plain.tokens]
+        likely = plain.logs[:, :-1].exp() * known
+        refuses = (likely * share).sum(dim=1) / likely.sum(dim=1).clamp_min(1e-6)
+        others = (self.others[harmful.long()] * refuses)[:, None]
+        return torch.cat([torch.where(known, share, others), others], dim=1)
 
 
 def _with_rest(logs: Tensor) -> Tensor:
@@ -420,16 +479,15 @@ def _refusing(
     batches: Sequence[PromptBatch],
     labels: Sequence[str | None],
     openers: Mapping[int, tuple[int, int]],
-) -> Tensor:
-    """w, (V,): of the judged answers that begin with a token, the share of refusals; one answer more counts against it."""
+) -> _Refusing:
     counts: dict[int, list[int]] = defaultdict(lambda: [0, 0])
-    found = torch.zeros(0)
+    share = torch.zeros(0)
     for batch in batches:
         if not any(labels[place] for place in batch.rows):
             continue
         with torch.no_grad():
             logits = first_logits(model, batch)
-        found = logits.new_zeros(logits.shape[-1])
+        share = logits.new_zeros(logits.shape[-1])
         for place, token in zip(batch.rows, logits.argmax(dim=-1).tolist(), strict=True):
             if labels[place] in ("refusal", "compliance"):
                 counts[token][0] += labels[place] == "refusal"
@@ -439,14 +497,16 @@ def _refusing(
     for token, (refused, seen) in openers.items():
         counts[token][0] += refused
         counts[token][1] += seen
+    others = [refused / (seen + 1) for refused, seen in (counts.pop(of_kind, (0, 0)) for of_kind in OTHERS)]
+    known = torch.zeros_like(share, dtype=torch.bool)
     for token, (refused, seen) in counts.items():
-        found[token] = refused / (seen + 1)
-    return found
+        share[token], known[token] = refused / (seen + 1), True
+    return _Refusing(share, known, share.new_tensor(others))
 
 
-def _losses(plain: _Plain, after: Tensor, harmful: Tensor, refusing: Tensor, stay: float) -> tuple[Tensor, Tensor]:
+def _losses(plain: _Plain, after: Tensor, harmful: Tensor, refusing: _Refusing, stay: float) -> tuple[Tensor, Tensor]:
     """(B,) losses of the module's text, without the last, and how far the model was right before, (B,)."""
-    w = torch.cat([refusing[plain.tokens], refusing.new_zeros(len(after), 1)], dim=1)
+    w = refusing.of(plain, harmful)
     share = torch.where(harmful[:, None], w, 1 - w).clamp_min(_LEAST)
     wanted = (plain.logs + _SHARPNESS * share.log()).log_softmax(dim=-1)
     change = (wanted.exp() * (wanted - after)).sum(dim=-1)
