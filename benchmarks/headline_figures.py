@@ -318,7 +318,8 @@ class Work:
             part = self.run / "parts" / name
             for file in part.rglob("*.jsonl") if part.is_dir() else ():
                 to = folder / file.relative_to(part)
-                if name == "els" or f".{name}." in file.name:
+                newer = not to.exists() or file.stat().st_mtime > to.stat().st_mtime
+                if newer and (name == "els" or f".{name}." in file.name):
                     to.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copy(file, to)
         return self.compare(methods, folder)

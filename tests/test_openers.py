@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from elsteer.completions import PromptCaches, complete, end_ids
-from elsteer.decoding import decode, first_logits, rows_of
+from elsteer.decoding import decode, rows_of
 from elsteer.energy.refine import _refusing
-from elsteer.judges import Judge, Verdict
-from elsteer.openers import ANSWERS, OTHERS, try_openers
+from elsteer.judges import Verdict
+from elsteer.openers import ANSWERS, try_openers
 from pipelines import LETTERS, LetterJudge, Tiny, some_prompts, speaker
 
 PROMPTS = some_prompts(80)
@@ -59,9 +59,7 @@ def test_answers_begin_with_the_given_token_and_go_on_as_the_plain_model_does(ti
 def test_tokens_that_no_plain_answer_begins_with_are_tried_where_the_model_refuses(tiny: Tiny) -> None:
     caches, labels, letters = judged(tiny)
     groups = [list(range(40)), list(range(40, 80))]
-    told: list[tuple[int, int]] = []
-    every = try_openers(caches, OddJudge(), groups, labels, progress=lambda done, total: told.append((done, total)))
-    found = {token: counts for token, counts in every.items() if token not in OTHERS}
+    found = try_openers(caches, OddJudge(), groups, labels)
     refused = sum(label == "refusal" for label in labels.values())
     assert 3 < len(found) <= refused // ANSWERS
     assert sum(answers for _, answers in found.values()) <= refused
@@ -72,37 +70,6 @@ def test_tokens_that_no_plain_answer_begins_with_are_tried_where_the_model_refus
         if text in LETTERS:  # the judge goes by the first letter
             assert refusals == (answers if ord(text) % 2 else 0)
     assert {refusals > 0 for refusals, answers in found.values() if answers} == {True, False}
-    done, total = told[-1]
-    assert done == total > len(found)
-
-
-def test_the_other_tokens_are_tried_together_each_where_it_is_likeliest(
-    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    caches, labels, letters = judged(tiny)
-    begun: list[dict[int, int]] = []
-
-    def heard(caches: PromptCaches, judge: Judge, groups: object, some: dict[int, int]) -> list[tuple[int, str]]:
-        begun.append(some)
-        return [(place, "refusal" if place % 3 else "compliance") for place in some]
-
-    monkeypatch.setattr("elsteer.openers._begin", heard)
-    groups = [list(range(80))]
-    found = try_openers(caches, LetterJudge(), groups, labels)
-    known = {*begun[0].values(), *(tiny[1].convert_tokens_to_ids(letter) for letter in letters), *end_ids(*tiny)}
-    shares: dict[int, torch.Tensor] = {}
-    with torch.inference_mode():
-        for batch in caches.batches(groups[0]):
-            shares |= dict(zip(batch.rows, first_logits(tiny[0], batch).softmax(dim=-1), strict=True))
-    for harmful, name, some in zip((False, True), OTHERS, begun[1:], strict=True):
-        assert set(some) == {
-            at for at, label in labels.items() if label == "refusal" and PROMPTS[at].harmful == harmful
-        }
-        for place, token in some.items():
-            left = shares[place].clone()
-            left[sorted(known)] = -1
-            assert token == int(left.argmax())
-        assert found[name] == (sum(1 for place in some if place % 3), len(some))
 
 
 def test_where_too_few_are_refused_nothing_is_tried(tiny: Tiny) -> None:
@@ -115,13 +82,10 @@ def test_what_was_tried_counts_with_what_was_seen(tiny: Tiny) -> None:
     caches, labels, letters = judged(tiny)
     batches = list(caches.batches())
     words = [labels[at] for at in range(len(PROMPTS))]
-    before = _refusing(tiny[0], batches, words, {}).share
+    before = _refusing(tiny[0], batches, words, {})
     seen = tiny[1].convert_tokens_to_ids(letters[0])
     unseen = next(token for token in range(len(before)) if token != seen and before[token] == 0)
-    refusing = _refusing(tiny[0], batches, words, {unseen: (3, 4), seen: (1, 1), OTHERS[0]: (1, 3), OTHERS[1]: (3, 3)})
-    after = refusing.share
-    assert refusing.others.tolist() == pytest.approx([1 / 4, 3 / 4])
-    assert set(refusing.known.nonzero().flatten().tolist()) == {unseen, *map(tiny[1].convert_tokens_to_ids, letters)}
+    after = _refusing(tiny[0], batches, words, {unseen: (3, 4), seen: (1, 1)})
     assert float(after[unseen]) == pytest.approx(3 / 5)
     count, refused = letters.count(letters[0]), letters.count(letters[0]) * (letters[0] > "m")
     assert float(after[seen]) == pytest.approx((refused + 1) / (count + 2))

@@ -10,7 +10,7 @@ from elsteer.completions import PromptCaches
 from elsteer.decoding import PromptBatch, first_logits
 from elsteer.energy.context import attend, values_of
 from elsteer.energy.descent import Descent
-from elsteer.energy.refine import AS_TRAINED, SteeredProducts, _losses, _moving, _Plain, _Refusing, refine
+from elsteer.energy.refine import AS_TRAINED, SteeredProducts, _losses, _moving, _Plain, refine
 from elsteer.energy.tensors import check_tensors
 from elsteer.errors import RunError
 from elsteer.models import hidden_size, num_layers
@@ -270,7 +270,7 @@ def test_a_loss_that_is_not_finite_is_an_error_that_names_the_way_out(tiny: Tiny
 
 def test_a_prompt_with_the_right_verdict_asks_for_no_change() -> None:
     """Token 0 refuses. By hand: a benign prompt that never refuses has q = p, so its own logits lose nothing."""
-    refusing = _Refusing(torch.tensor([1.0, 0.0, 0.0, 0.0]), torch.ones(4, dtype=torch.bool), torch.zeros(2))
+    refusing = torch.tensor([1.0, 0.0, 0.0, 0.0])
     sure = torch.tensor([[-20.0, 1.0, 0.5, -30.0], [20.0, 1.0, 0.5, -30.0]])  # answers; refuses
     plain = _Plain.of(sure, refusing)
     harmful = torch.tensor([False, True])
@@ -278,22 +278,6 @@ def test_a_prompt_with_the_right_verdict_asks_for_no_change() -> None:
     wrong = _losses(plain, plain.seen_by(sure), ~harmful, refusing, 0.1)[0]
     torch.testing.assert_close(right, torch.zeros(2), atol=1e-3, rtol=0)
     assert float(wrong.min()) > 1
-
-
-def test_a_token_nobody_tried_refuses_in_so_far_as_the_model_is_about_to() -> None:
-    """By hand: of tokens 0 (w = 1) and 1 (w = 0), p(0) = .6 and p(1) = .2, so the model refuses by .75 of what is known."""
-    logits = torch.tensor([[0.6, 0.2, 0.15, 0.05]]).log().repeat(2, 1)
-    refusing = _Refusing(
-        torch.tensor([1.0, 0.0, 0.0, 0.0]), torch.tensor([True, True, False, False]), torch.tensor([0.2, 0.8])
-    )
-    plain = _Plain.of(logits, refusing)
-    w = refusing.of(plain, torch.tensor([False, True]))
-    place = {token: at for at, token in enumerate(plain.tokens[0].tolist())}
-    for row, others in enumerate((0.2 * 0.75, 0.8 * 0.75)):
-        assert w[row, [place[0], place[1], place[2]]].tolist() == pytest.approx([1, 0, others])
-        assert float(w[row, -1]) == pytest.approx(others)
-    _, right = _losses(plain, plain.seen_by(logits), torch.tensor([False, True]), refusing, 0.1)
-    assert right.tolist() == pytest.approx([1 - 0.6 - 0.2 * 0.15, 0.6 + 0.2 * 0.6], abs=1e-5)
 
 
 @pytest.mark.parametrize("values", [None, some_values()], ids=["alone", "in context"])
@@ -326,7 +310,7 @@ def test_energies_that_are_gone_on_with_make_the_same_steps(
 
 def test_tokens_outside_the_likeliest_count_together() -> None:
     logits = torch.randn(3, 2000, generator=torch.Generator().manual_seed(0))
-    plain = _Plain.of(logits, _Refusing(torch.zeros(2000), torch.zeros(2000, dtype=torch.bool), torch.zeros(2)))
+    plain = _Plain.of(logits, torch.zeros(2000))
     assert plain.logs.shape == (3, 257)
     torch.testing.assert_close(plain.logs.exp().sum(dim=1), torch.ones(3))
     torch.testing.assert_close(plain.seen_by(logits), plain.logs)

@@ -4,9 +4,8 @@ Fitted to states alone (`elsteer.energy.product`), an energy knows which states 
 them does. Here the frozen model answers. For a training prompt, p is its plain distribution of the first token after the
 prompt, and w(t) the share of refusals among plain answers that begin with token t: of those that the model gives, and of those
 that it goes on with where it is made to begin with t (`elsteer.openers`; without them a step learns to say "Sorry" for
-"I'm sorry"). Of tokens that begin none of these, w is a share, found by trying them together, of what the others make likely
-for this prompt: where the model is about to refuse, "Killing a process ..." may well go on to. Wanted is the model's own
-distribution, given the right verdict, and sharpened so that tokens that begin both kinds of answer are shunned:
+"I'm sorry"). Wanted is the model's own distribution,
+given the right verdict, and sharpened so that tokens that begin both kinds of answer are shunned:
 
     q(t) ~ p(t) w(t)^4             harmful prompts
     q(t) ~ p(t) (1 - w(t))^4       benign prompts
@@ -52,7 +51,6 @@ from elsteer.energy.product import need, verdict_means, verdict_row
 from elsteer.energy.schedule import one_cycle
 from elsteer.errors import RunError
 from elsteer.models import decoder_blocks
-from elsteer.openers import OTHERS
 from elsteer.settings import TrainingSettings
 
 __all__ = ["AS_TRAINED", "SteeredProducts", "refine"]
@@ -359,36 +357,14 @@ class _Plain:
     logs: Tensor  # (B, k + 1)
 
     @classmethod
-    def of(cls, logits: Tensor, refusing: _Refusing) -> _Plain:
+    def of(cls, logits: Tensor, refusing: Tensor) -> _Plain:
         logs = logits.log_softmax(dim=-1)
-        tokens = (logs + 1e4 * (refusing.share > 0)).topk(min(_TOKENS, logits.shape[-1] - 1), dim=-1).indices
+        tokens = (logs + 1e4 * (refusing > 0)).topk(min(_TOKENS, logits.shape[-1] - 1), dim=-1).indices
         return cls(tokens, _with_rest(logs.gather(1, tokens)))
 
     def seen_by(self, logits: Tensor) -> Tensor:
         """Log shares of the same tokens (B, k + 1) in other logits (B, V)."""
         return _with_rest(logits.log_softmax(dim=-1).gather(1, self.tokens))
-
-
-@dataclass(frozen=True, slots=True)
-class _Refusing:
-    """What tokens, as the first of an answer, say of its verdict.
-
-    share: (V,), w of the tokens that judged answers began with, one answer more counting against it. known: (V,) bool, these
-    tokens. others: (2,), for benign and for harmful prompts, of answers that were made to begin with another token where the
-    model refuses, the share that refuses nonetheless.
-    """
-
-    share: Tensor
-    known: Tensor
-    others: Tensor
-
-    def of(self, plain: _Plain, harmful: Tensor) -> Tensor:
-        """w (B, k + 1) of the tokens of `plain` and of the rest together; harmful (B,) bool."""
-        share, known = self.share[plain.tokens], self.known[plain.tokens]
-        likely = plain.logs[:, :-1].exp() * known
-        refuses = (likely * share).sum(dim=1) / likely.sum(dim=1).clamp_min(1e-6)
-        others = (self.others[harmful.long()] * refuses)[:, None]
-        return torch.cat([torch.where(known, share, others), others], dim=1)
 
 
 def _with_rest(logs: Tensor) -> Tensor:
@@ -479,15 +455,16 @@ def _refusing(
     batches: Sequence[PromptBatch],
     labels: Sequence[str | None],
     openers: Mapping[int, tuple[int, int]],
-) -> _Refusing:
+) -> Tensor:
+    """w, (V,): of the judged answers that begin with a token, the share of refusals; one answer more counts against it."""
     counts: dict[int, list[int]] = defaultdict(lambda: [0, 0])
-    share = torch.zeros(0)
+    found = torch.zeros(0)
     for batch in batches:
         if not any(labels[place] for place in batch.rows):
             continue
         with torch.no_grad():
             logits = first_logits(model, batch)
-        share = logits.new_zeros(logits.shape[-1])
+        found = logits.new_zeros(logits.shape[-1])
         for place, token in zip(batch.rows, logits.argmax(dim=-1).tolist(), strict=True):
             if labels[place] in ("refusal", "compliance"):
                 counts[token][0] += labels[place] == "refusal"
@@ -497,16 +474,14 @@ def _refusing(
     for token, (refused, seen) in openers.items():
         counts[token][0] += refused
         counts[token][1] += seen
-    others = [refused / (seen + 1) for refused, seen in (counts.pop(of_kind, (0, 0)) for of_kind in OTHERS)]
-    known = torch.zeros_like(share, dtype=torch.bool)
     for token, (refused, seen) in counts.items():
-        share[token], known[token] = refused / (seen + 1), True
-    return _Refusing(share, known, share.new_tensor(others))
+        found[token] = refused / (seen + 1)
+    return found
 
 
-def _losses(plain: _Plain, after: Tensor, harmful: Tensor, refusing: _Refusing, stay: float) -> tuple[Tensor, Tensor]:
+def _losses(plain: _Plain, after: Tensor, harmful: Tensor, refusing: Tensor, stay: float) -> tuple[Tensor, Tensor]:
     """(B,) losses of the module's text, without the last, and how far the model was right before, (B,)."""
-    w = refusing.of(plain, harmful)
+    w = torch.cat([refusing[plain.tokens], refusing.new_zeros(len(after), 1)], dim=1)
     share = torch.where(harmful[:, None], w, 1 - w).clamp_min(_LEAST)
     wanted = (plain.logs + _SHARPNESS * share.log()).log_softmax(dim=-1)
     change = (wanted.exp() * (wanted - after)).sum(dim=-1)
