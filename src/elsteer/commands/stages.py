@@ -68,7 +68,9 @@ def demo(run_dir: Path, model: str, dtype: str) -> None:
 @click.option(
     "--harmful-column", default="harmful", show_default=True, help="Column of true (refuse) and false (help)."
 )
-@click.option("--start", metavar="LANDSCAPE", help="Go on from this landscape of the model: then a few thousand prompts do.")
+@click.option(
+    "--start", metavar="LANDSCAPE", help="Go on from this landscape of the model: then a few thousand prompts do."
+)
 @click.option("--run-dir", type=FILE, help="Folder for all files. [default: runs/ and the model's name]")
 @click.option("--config", type=FILE, metavar="FILE", help="YAML file of settings; flags win over it.")
 @model_options
