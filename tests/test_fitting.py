@@ -311,7 +311,8 @@ def test_a_landscape_that_was_not_trained_through_the_model_or_is_of_another_is_
         fitted(speaker(seed=1), tmp_path / "second", settings=THROUGH, start=start)
     start.provenance = {}
     with pytest.raises(RunError, match="--start"):
-        fitted(tiny, tmp_path / "second", settings=THROUGH, start=start)
+        fitted(tiny, tmp_path / "third", settings=THROUGH, start=start)
+    assert not (tmp_path / "third").exists()
 
 
 def test_energies_that_read_no_context(tiny: Tiny, tmp_path: Path) -> None:

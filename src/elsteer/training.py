@@ -150,6 +150,7 @@ def check_start(start: Landscape, settings: FitSettings, depth: int) -> None:
     if blocks != context_blocks(settings, depth):
         asked = 0 if blocks is None else blocks[1] - blocks[0]
         raise RunError(f"The landscape to start from reads other blocks: set --training-context-blocks to {asked}.")
+    _weight_of(start)  # said now, not after the prompts are answered
 
 
 def _weight_of(start: Landscape) -> tuple[float, float]:
@@ -223,8 +224,7 @@ def _refined(
             )
             if read is not None and values is not None:
                 products.see(values, read, settings.training.context_heads, seed=settings.seed)
-        products.to(through.device)
-        if start is None:
+            products.to(through.device)
             if units := settings.training.refine_units:
                 told = of_stage(progress, "training what asks whether to refuse")
                 products.add_units(states, harmful, units, seed=settings.seed, progress=told)
