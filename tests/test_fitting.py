@@ -289,6 +289,7 @@ def test_a_fit_goes_on_from_a_landscape(tiny: Tiny, tmp_path: Path) -> None:
     [
         ({"refine_band": [0.5, 0.75]}, "--training-refine-band"),
         ({"context_blocks": 0}, "--training-context-blocks"),
+        ({"refine_gain": 3.0}, "--training-refine-gain 2"),
         ({"refine_epochs": 0}, "--start"),
     ],
 )

@@ -144,13 +144,17 @@ def check_start(start: Landscape, settings: FitSettings, depth: int) -> None:
     if list(layers) != band:
         raise RunError(
             f"The landscape to start from steers the blocks {layers[0]} to {layers[-1]}, and these settings train {band[0]} "
-            f"to {band[-1]}: set --training-refine-band to {layers[0] / depth:.4g},{(layers[-1] + 1) / depth:.4g}."
+            f"to {band[-1]}: set --training-refine-band {layers[0] / depth:.4g},{(layers[-1] + 1) / depth:.4g}."
         )
     blocks = tuple(int(one) for one in first["context_blocks"].tolist()) if "context_blocks" in first else None
     if blocks != context_blocks(settings, depth):
         asked = 0 if blocks is None else blocks[1] - blocks[0]
-        raise RunError(f"The landscape to start from reads other blocks: set --training-context-blocks to {asked}.")
-    _weight_of(start)  # said now, not after the prompts are answered
+        raise RunError(f"The landscape to start from reads other blocks: set --training-context-blocks {asked}.")
+    if (gain := _weight_of(start)[1]) != settings.training.refine_gain:
+        raise RunError(
+            f"The landscape to start from has its u multiplied by {gain:g}, and other weights of the benign half go by that: "
+            f"set --training-refine-gain {gain:g}."
+        )
 
 
 def _weight_of(start: Landscape) -> tuple[float, float]:
