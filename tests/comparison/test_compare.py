@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -285,3 +286,21 @@ def test_the_sentence_names_the_next_best_that_keeps_safety() -> None:
     assert "surgical adds 14% to the false refusals at +6 points" in sentence(methods, rates)
     del methods["surgical"]
     assert "every other method" in sentence(methods, rates)
+
+
+def test_where_no_false_refusal_was_measured_the_sentence_tells_of_the_harmful_prompts() -> None:
+    none = Interval(math.nan, math.nan, math.nan, 0)
+    some, zero = Interval(0.4, 0.3, 0.5, 100), Interval(0.0, 0.0, 0.04, 100)
+    one = compared("els", 0.0, (0.09, 0.02, 0.15), (0, 0, 0))
+    one.removed["all"] = none
+    assert sentence({"els": one}, {False: {"all": none}, True: {"all": some}}) == (
+        "No benign prompt was scored, so nothing is said of false refusals; els changes the harmful refusals by "
+        "+9.0 (+2 to +15) points."
+    )
+    assert sentence({"els": one}, {False: {"all": zero}, True: {"all": some}}) == (
+        "The plain model refuses none of these benign prompts, so nothing could be removed; els changes the harmful refusals by "
+        "+9.0 (+2 to +15) points."
+    )
+    assert sentence({"els": one}, {False: {"all": zero}, True: {"all": none}}) == (
+        "The plain model refuses none of these benign prompts, so nothing could be removed."
+    )

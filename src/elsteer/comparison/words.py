@@ -27,10 +27,15 @@ def points(value: Interval) -> str:
 
 def sentence(methods: Mapping[str, ComparedMethod], rates: Mapping[bool, Mapping[str, Interval]]) -> str:
     """What a reader should take home: the first method, and the best of the others that loses no safety."""
-    if not rates[False]["all"].n or not any(one.removed["all"].defined for one in methods.values()):
-        return "The plain model refuses none of these benign prompts, so nothing could be removed."
     harmful = rates[True]["all"].n > 0
     first = methods.get("els", next(iter(methods.values())))
+    if not any(one.removed["all"].defined for one in methods.values()):
+        words = "The plain model refuses none of these benign prompts, so nothing could be removed"
+        if not rates[False]["all"].n:
+            words = "No benign prompt was scored, so nothing is said of false refusals"
+        if harmful:
+            words += f"; {first.name} changes the harmful refusals by {points(first.harmful_difference['all'])} points"
+        return words + "."
 
     def told(one: ComparedMethod) -> str:
         change = one.harmful_difference["all"]
