@@ -290,6 +290,8 @@ def test_a_fit_goes_on_from_a_landscape(tiny: Tiny, tmp_path: Path) -> None:
         ({"refine_band": [0.5, 0.75]}, "--training-refine-band"),
         ({"context_blocks": 0}, "--training-context-blocks"),
         ({"refine_gain": 3.0}, "--training-refine-gain 2"),
+        ({"refine_units": 5}, "--training-refine-units"),
+        ({"refine_pooled": False}, "set --training-refine-pooled"),
         ({"refine_epochs": 0}, "--start"),
     ],
 )
@@ -327,7 +329,8 @@ def test_energies_that_read_no_context(tiny: Tiny, tmp_path: Path) -> None:
 def test_a_gate_on_energies_that_read_the_context_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     settings = tiny_settings(tuning={**HELPS, "gates": [0.25]}, training=THROUGH.training.model_dump())
     with pytest.raises(RunError, match="--training-context-blocks 0"):
-        fitted(tiny, tmp_path, settings=settings)
+        fitted(tiny, tmp_path / "run", settings=settings)
+    assert not (tmp_path / "run").exists(), "said before a prompt is answered"
 
 
 def test_killed_while_training_through_the_model_it_comes_to_the_same_end(tiny: Tiny, tmp_path: Path) -> None:

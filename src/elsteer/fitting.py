@@ -44,7 +44,7 @@ from elsteer.prompts import (
 from elsteer.run import RunFolder, key_of, of_stage, told_apart
 from elsteer.settings import FitSettings
 from elsteer.states import StateStore
-from elsteer.training import Energies, check_start, context_blocks, is_refined, train_energies
+from elsteer.training import Energies, check_gates, check_start, context_blocks, is_refined, train_energies
 from elsteer.tuning import Trial, Tuner
 
 __all__ = ["collect", "fit", "neutral_prompts"]
@@ -83,6 +83,7 @@ def fit(
     """
     settings = settings or FitSettings()
     run = RunFolder(run_dir)
+    check_gates(settings, num_layers(model))
     if start is not None:
         check_start(start, settings, num_layers(model))
         start.attach(model, 0.0, tokenizer=tokenizer).remove()

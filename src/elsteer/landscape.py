@@ -12,7 +12,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -20,7 +19,7 @@ from elsteer import landscape_hub
 from elsteer.card import landscape_card
 from elsteer.energy.descent import Descent
 from elsteer.energy.tensors import check_guard, check_tensors
-from elsteer.errors import LandscapeError, ModelError, SteeringError
+from elsteer.errors import LandscapeError, ModelError
 from elsteer.landscape_files import read_folder, write_folder
 from elsteer.models import Fingerprint, differences, fingerprint, hidden_size
 from elsteer.steering import Move, Steering
@@ -98,7 +97,7 @@ class Landscape:
         strength: multiplies the step; a number, or a tensor with one per row of the batch; default: the rule's. 0 is bit for
             bit the plain model.
         tokenizer: its chat template is compared too. blocks: the dotted path of the decoder blocks, if they are not found.
-        allow_other_model: steer, with a warning, a model that is not the one it was fitted to but as wide and deep, such as
+        allow_other_model: steer, with a warning, a model that is not the one it was fitted to but as wide, such as
             another fine-tuning of it.
         Raises LandscapeError saying what differs, SteeringError for a strength that is negative or not finite.
         """
@@ -110,10 +109,6 @@ class Landscape:
                 logger.warning(
                     "this landscape has strength 0, as tuning found nothing that helps: the plain model runs"
                 )
-        if bool((torch.as_tensor(strength) < 0).any()):
-            raise SteeringError(
-                "strength must not be negative: that would climb the landscape, towards false refusals."
-            )
         moves = {layer: self.move(layer) for layer in self.rule.layers}
         return Steering(model, moves, window=self.rule.window, strength=strength, blocks=blocks)
 

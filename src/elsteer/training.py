@@ -35,9 +35,19 @@ from elsteer.run import RunFolder, key_of, of_stage
 from elsteer.settings import FitSettings
 from elsteer.states import StateStore
 
-__all__ = ["Energies", "check_start", "context_blocks", "is_refined", "shuffled_control", "train_energies"]
+__all__ = [
+    "Energies",
+    "check_gates",
+    "check_start",
+    "context_blocks",
+    "is_refined",
+    "shuffled_control",
+    "train_energies",
+]
 
 Progress = Callable[[str, int, int], None]
+# Settings whose work a landscape to start from has behind it.
+_TAKEN_OVER = ("refine_gain", "refine_units", "refine_sharpness", "refine_pooled", "context_heads")
 
 
 class Through(Protocol):
@@ -131,6 +141,16 @@ def train_energies(
     return found, key
 
 
+def check_gates(settings: FitSettings, depth: int) -> None:
+    """Raises RunError where gates are to be tried and `settings` give energies that have none."""
+    several = settings.training.refine_pooled or context_blocks(settings, depth) is not None
+    if is_refined(settings) and several and any(gate is not None for gate in settings.tuning.gates):
+        raise RunError(
+            "A gate compares energies of single states, and these depend on more than one: fit with "
+            "--training-context-blocks 0 and --no-training-refine-pooled, or without gates."
+        )
+
+
 def check_start(start: Landscape, settings: FitSettings, depth: int) -> None:
     """Raises RunError where a fit by `settings` cannot go on with the energies of `start`."""
     if not is_refined(settings):
@@ -150,18 +170,20 @@ def check_start(start: Landscape, settings: FitSettings, depth: int) -> None:
     if blocks != context_blocks(settings, depth):
         asked = 0 if blocks is None else blocks[1] - blocks[0]
         raise RunError(f"The landscape to start from reads other blocks: set --training-context-blocks {asked}.")
-    if (gain := _weight_of(start)[1]) != settings.training.refine_gain:
-        raise RunError(
-            f"The landscape to start from has its u multiplied by {gain:g}, and other weights of the benign half go by that: "
-            f"set --training-refine-gain {gain:g}."
-        )
+    told, asked_for = _fitted_by(start)[1], settings.training.model_dump()
+    for name in _TAKEN_OVER:
+        if (value := told[name]) != asked_for[name]:
+            flag = f"--training-{name.replace('_', '-')}"
+            flag = f"{flag} {value:g}" if not isinstance(value, bool) else flag if value else f"--no-{flag[2:]}"
+            raise RunError(f"The landscape to start from was fitted by another setting that it keeps: set {flag}.")
 
 
-def _weight_of(start: Landscape) -> tuple[float, float]:
-    """The weight of the benign half that a landscape stands for, and what its u was multiplied by."""
+def _fitted_by(start: Landscape) -> tuple[float, dict[str, float]]:
+    """The weight of the benign half that a landscape stands for, and the settings that its energies keep."""
     told = start.provenance
     try:
-        return float(told["dev"]["rule"]["benign_weight"]), float(told["settings"]["training"]["refine_gain"])
+        training = told["settings"]["training"]
+        return float(told["dev"]["rule"]["benign_weight"]), {name: training[name] for name in _TAKEN_OVER}
     except (KeyError, TypeError, ValueError) as error:
         raise RunError("The landscape to start from does not tell how it was fitted: leave --start out.") from error
 
@@ -217,8 +239,8 @@ def _refined(
             products = SteeredProducts.going_on({layer: start.tensors[layer] for layer in band}, harm)
             if values is not None:
                 products.see_again(start.tensors, values)
-            before, gain = _weight_of(start)
-            products.offset.data.sub_(gain * math.log(weight / before))
+            before, _ = _fitted_by(start)
+            products.offset.data.sub_(settings.training.refine_gain * math.log(weight / before))
         else:
             sharpness, reader = settings.training.refine_sharpness, None
             if sharpness:

@@ -30,7 +30,6 @@ from torch import Tensor
 
 from elsteer.completions import Completion, PromptCaches, complete, end_ids
 from elsteer.decoding import decode
-from elsteer.errors import RunError
 from elsteer.evaluation.quality import Answer, answer_at_length, kl_to_plain, quality
 from elsteer.files import append_jsonl, read_jsonl
 from elsteer.judges import Judge
@@ -230,12 +229,6 @@ class Tuner:
             if self.desirable is None:
                 raise ValueError("a gate needs the desirable states")
             desirable = self.desirable
-            known = {name for layer in rule["layers"] for name in base.tensors[layer]}
-            if known & {"context_weight", "pooled"}:
-                raise RunError(
-                    "A gate compares energies of single states, and these depend on more than one: fit with "
-                    "--training-context-blocks 0 and --no-training-refine-pooled, or without gates."
-                )
             gates = {layer: float(base.energy(layer, desirable[:, layer]).quantile(share)) for layer in rule["layers"]}
         return base.with_rule(
             layers=tuple(rule["layers"]),

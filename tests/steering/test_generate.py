@@ -274,7 +274,7 @@ def test_continuous_batching_is_refused() -> None:
 
 def test_one_strength_per_row() -> None:
     model, moves = tiny_model(), energy_moves()
-    strengths = [0.0, 1.0, 0.5, -2.0]
+    strengths = [0.0, 1.0, 0.5, 2.0]
     with Steering(model, moves, window=2, strength=torch.tensor(strengths)) as steering:
         found = generate(model, pad(PROMPTS))
         wanted = [slow_generate(model, moves, p, 8, 2, s) for p, s in zip(PROMPTS, strengths, strict=True)]
@@ -302,6 +302,8 @@ def test_strength_changes_between_calls() -> None:
             steering.strength = float("nan")
         with pytest.raises(SteeringError, match="finite"):
             steering.strength = torch.ones(2, 2)
+        with pytest.raises(SteeringError, match="negative"):
+            steering.strength = torch.tensor([1.0, -0.5])
 
 
 def test_generation_under_inference_mode() -> None:

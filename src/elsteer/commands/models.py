@@ -66,11 +66,12 @@ def where(name: str) -> None:
     \b
     Example:  elsteer models where Qwen/Qwen2.5-Coder-0.5B-Instruct
     """
+    from elsteer.errors import ModelError
     from elsteer.models import where as place
 
     folder = place(name)
     if folder is None:
-        raise click.ClickException(f"{name} is not fetched: get it with `elsteer models fetch {name}`")
+        raise ModelError(f"{name} is not fetched: get it with `elsteer models fetch {name}`.")
     click.echo(str(folder))
 
 

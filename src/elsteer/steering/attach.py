@@ -120,6 +120,8 @@ class Steering:
             raise SteeringError(
                 "strength is one finite number, or a tensor with one finite number per row of the batch."
             )
+        if bool((values < 0).any()):
+            raise SteeringError("strength must not be negative: that would be a step back, towards false refusals.")
         self._strength: Tensor | float = values if values.dim() == 1 else float(values)
         self._off = not bool(values.any())
 
