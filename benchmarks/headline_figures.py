@@ -145,6 +145,11 @@ def families(prompts: list[Prompt], count: int, seed: int) -> list[Prompt]:
     return found
 
 
+def steps_of(landscape: Landscape) -> list[Any]:
+    """What tells whether two landscapes steer alike: their energies and their rules."""
+    return [landscape.digest(), landscape.rule.to_dict()]
+
+
 class Work:
     """One size: its folders, prompts, and the parts."""
 
@@ -271,7 +276,7 @@ class Work:
     def decoding(self) -> Interval:
         """Steered over plain time of decoding, measured once for each landscape and dtype."""
         landscape, path = Landscape.from_pretrained(self.fitted() / "landscape"), self.run / "decoding.json"
-        key = [landscape.digest(), str(self.model[0].dtype)]
+        key = [*steps_of(landscape), str(self.model[0].dtype)]
         told = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         if told.pop("key", None) != key:
             found = decode_overhead(*self.model, landscape, progress=partial(progress, "timing the decoding"))
@@ -485,7 +490,7 @@ def main() -> int:
     page = options.results / "headline.json"
     fitted = Landscape.from_pretrained(work.fitted() / "landscape")
     # Of the parts that were not run this time, the figures of the same landscape stay, and those of no other.
-    same = shipped.is_dir() and Landscape.from_pretrained(shipped).digest() == fitted.digest()
+    same = shipped.is_dir() and steps_of(Landscape.from_pretrained(shipped)) == steps_of(fitted)
     names = {one.name for one in figures}
     others = [
         one

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from headline_figures import MODELS, SUITES, Work, progress, shipped_landscape
+from headline_figures import MODELS, SUITES, Work, progress, shipped_landscape, steps_of
 from readme_figures import BENIGN, SETS
 
 from elsteer.evaluation.evaluate import Evaluation, evaluate
@@ -97,7 +97,7 @@ def draws(work: Work, run_dir: Path, command: str, batch_size: int, known: list[
     """Figures of the shuffled control's draws but the first, which is `known`, and of all of them."""
     run = work.fitted()
     landscape = Landscape.from_pretrained(run / "landscape")
-    if landscape.digest() != Landscape.from_pretrained(work.published).digest():
+    if steps_of(landscape) != steps_of(Landscape.from_pretrained(work.published)):
         raise SystemExit(f"{run} has another landscape than the headline: run headline_figures.py --published first.")
     methods = {f"shuffled {at}": shuffled_control(run, landscape, progress, draw=at) for at in range(1, DRAWS)}
     model, tokenizer = work.model

@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+from elsteer.comparison.compare import finished_fit
 from elsteer.errors import JudgeError, LandscapeError, NothingHelps, PromptError, RunError
 from elsteer.fitting import fit
 from elsteer.judges import JUDGES, Verdict
@@ -284,6 +285,14 @@ def test_a_fit_goes_on_from_a_landscape(tiny: Tiny, tmp_path: Path) -> None:
     assert not torch.equal(anew.tensors[start.rule.layers[0]]["weight"][0], one["weight"][0])
 
 
+def test_a_landscape_without_pooled_steps_is_gone_on_with(tiny: Tiny, tmp_path: Path) -> None:
+    settings = changed_training(refine_pooled=False)
+    start = through(tiny, tmp_path / "first", settings=settings)
+    found = through(tiny, tmp_path / "second", settings=settings, start=start, prompts=TRAIN[:60])
+    assert found.provenance["start"]["digest"] == start.digest()
+    assert not any("pooled" in tensors for tensors in found.tensors.values())
+
+
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
@@ -316,6 +325,26 @@ def test_a_landscape_that_was_not_trained_through_the_model_or_is_of_another_is_
     with pytest.raises(RunError, match="--start"):
         fitted(tiny, tmp_path / "third", settings=THROUGH, start=start)
     assert not (tmp_path / "third").exists()
+
+
+def test_where_a_stage_is_done_anew_and_killed_no_landscape_of_before_stands_for_it(tiny: Tiny, tmp_path: Path) -> None:
+    settings = tiny_settings(tuning=HELPS)
+    with contextlib.suppress(NothingHelps):
+        fitted(tiny, tmp_path, settings=settings)
+    assert (tmp_path / "landscape").is_dir()
+    other = settings.model_copy(update={"training": settings.training.model_copy(update={"ridge": 0.5})})
+    with pytest.raises(Killed):
+        fitted(tiny, tmp_path, settings=other, progress=dies_at("training the energy models", 1))
+    with pytest.raises(RunError, match="holds no finished fit"):
+        finished_fit(tmp_path)
+
+
+def test_settings_of_another_version_are_told_in_a_sentence(tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    for words in ("collect: {no_such_setting: 1}", "seed: [", "", "- a list"):
+        file.write_text(words, encoding="utf-8")
+        with pytest.raises(RunError, match="does not hold settings"):
+            FitSettings.read(file)
 
 
 def test_energies_that_read_no_context(tiny: Tiny, tmp_path: Path) -> None:

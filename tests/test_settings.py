@@ -37,6 +37,14 @@ def test_settings_written_as_yaml_are_read_as_they_were() -> None:
         {"training": {"epochs": 0}},
         {"tuning": {"band_share": 0}},
         {"tuning": {"finalists": 0}},
+        {"training": {"refine_band": [12, 22]}},
+        {"training": {"refine_band": [0.8, 0.5]}},
+        {"training": {"refine_band": [0.5, 0.5]}},
+        *({"tuning": {name: []}} for name in ("etas", "steps", "windows", "gates", "guards")),
+        {"tuning": {"etas": [0.0]}},
+        {"tuning": {"steps": [0]}},
+        {"tuning": {"windows": [-1]}},
+        {"tuning": {"gates": [25]}},
     ],
 )
 def test_what_makes_no_sense_is_refused(wrong: dict[str, Any]) -> None:

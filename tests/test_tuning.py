@@ -475,6 +475,20 @@ def test_settings_must_remove_more_than_least_removed(tiny: Tiny, plain: list[Co
     assert scripted(tiny, plain, tmp_path / "b", does, least_removed=0.1).search(AUROCS) is not None
 
 
+def test_one_that_removes_too_little_hides_none_that_removes_more(
+    tiny: Tiny, plain: list[Completion], tmp_path: Path
+) -> None:
+    """Within a point the safer one comes first, and may be the one that is not enough."""
+
+    def does(rule: dict[str, Any]) -> tuple[float, float, float]:
+        return (0.6449, 0.6, 1.0) if rule["eta"] == 0.5 else (0.6390, 0.7, 1.0)
+
+    tuner = unmoved(scripted(tiny, plain, tmp_path, does, etas=(0.5, 1.0), least_removed=0.285))
+    found = tuner.search(AUROCS)
+    assert found is not None
+    assert found.rule["eta"] == 0.5
+
+
 @pytest.mark.parametrize(("answered", "refused", "ratio"), [(0.9, 0.5, 1.0), (0.5, 0.9, 1.0), (0.9, 0.9, 2.0)])
 def test_unsafe_useless_or_spoiling_settings_are_none(
     answered: float, refused: float, ratio: float, tiny: Tiny, plain: list[Completion], tmp_path: Path

@@ -282,7 +282,7 @@ def _answer(
 
             def keep(step: int, alive: list[int]) -> None:
                 if step < state_tokens:
-                    kept.append((list(alive), torch.stack([one for one in latest if one is not None], dim=1).cpu()))
+                    kept.append((list(alive), torch.stack([one.cpu() for one in latest if one is not None], dim=1)))
 
             out = decode(
                 caches.model,

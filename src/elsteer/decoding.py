@@ -187,7 +187,7 @@ def decode(
                 break
             if len(keep) < len(alive):
                 index = torch.tensor(keep, device=mask.device)
-                cache.batch_select_indices(index)
+                cache.batch_select_indices(index.cpu())  # whose layers may lie on several devices
                 mask, lengths, chosen = mask[index], lengths[index], chosen[index]
                 alive = [alive[at] for at in keep]
             mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
@@ -201,7 +201,7 @@ def rows_of(batch: PromptBatch, chosen: Sequence[int]) -> PromptBatch:
     index = torch.tensor(list(chosen), device=batch.mask.device)
     cache = clone(batch.cache)
     if cache is not None:
-        cache.batch_select_indices(index)
+        cache.batch_select_indices(index.cpu())
     return PromptBatch([batch.rows[at] for at in chosen], batch.mask[index], batch.last[index], cache)
 
 
@@ -243,7 +243,7 @@ def score(
         mask = torch.cat([batch.mask[at], real.reshape(len(part), width - 1)], dim=1)
         cache = clone(batch.cache)
         if cache is not None and len(part) < len(answers):
-            cache.batch_select_indices(torch.arange(start, start + len(part), device=device))
+            cache.batch_select_indices(torch.arange(start, start + len(part)))
         known = plain_model(model) if steering is None else steering.prompts(lengths[at], torch.tensor(batch.rows[at]))
         with torch.inference_mode(), known:
             logits = _forward(model, ids, mask, cache, every_logit=True).logits

@@ -51,6 +51,10 @@ __all__ = ["collect", "fit", "neutral_prompts"]
 
 Progress = Callable[[str, int, int], None]
 DEV_NEUTRAL_CATEGORY = "plain"
+_RESULT = (
+    "landscape",
+    "frontier.png",
+)  # rest on all stages: where one is done anew, the old ones must not stand for it
 _KEEP_BYTES = 4 << 30  # of the caches of dev and neutral prompts
 _ON_A_GPU = 8  # times as many of these in a batch
 
@@ -282,7 +286,7 @@ def _collect(
 ) -> list[Completion]:
     """looked: the blocks whose values are kept with the states."""
     collect = settings.collect
-    run.stage("collect", key, ["completions.jsonl", "glimpses.jsonl", "states", "dev.jsonl", "dev_states"])
+    run.stage("collect", key, ["completions.jsonl", "glimpses.jsonl", "states", "dev.jsonl", "dev_states", *_RESULT])
     try:
         return complete(
             caches,
@@ -430,7 +434,7 @@ def _tune(
     labels = [(one.prompt_id, one.label) for one in plain]
     # Other settings to try leave the trials of those before. "Sidak": how the bounds in the rows are reckoned.
     key = key_of(train_key, labels, [one.id for one in neutral.prompts], settings.tuning.measuring(), "Sidak")
-    run.stage("tune", key, ["frontier.jsonl"])
+    run.stage("tune", key, ["frontier.jsonl", *_RESULT])
     benign = {one.label for one, prompt in zip(plain, caches.prompts, strict=True) if not prompt.harmful}
     if "refusal" not in benign:
         raise PromptError(

@@ -143,6 +143,11 @@ class Landscape:
         """
         return self.descent(layer).to(states.device).energy(states, context)
 
+    @property
+    def asked_with(self) -> dict[str, Any]:
+        """The settings that its prompts were asked with (`system`, `thinking` and others); empty where they are not told."""
+        return dict((self.provenance.get("settings") or {}).get("collect") or {})
+
     def digest(self) -> str:
         """SHA-256 of the tensors and guards of the rule's layers: the same in every process and on every machine."""
         found = hashlib.sha256()

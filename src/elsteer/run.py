@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -90,16 +91,17 @@ class RunFolder:
             raise RunError(f"{self.path} cannot be made: {error.strerror or error}; give another folder.") from error
         # What is raised from here on is not about the lock, and is told by whoever raises it.
         try:
-            shutil.rmtree(self / "scratch", ignore_errors=True)  # of a run that was killed
+            for left in self.path.glob("scratch.*"):  # of a run that was killed
+                shutil.rmtree(left, ignore_errors=True)
             yield
         finally:
             lock.release()
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:
-        """A folder for what is wanted for a moment. What a killed run left of it goes with the next `owned`."""
-        folder = self / "scratch"
-        folder.mkdir(parents=True, exist_ok=True)
+        """A folder of its own for what is wanted for a moment. What a killed run left of it goes with the next `owned`."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix="scratch.", dir=self.path))
         try:
             yield folder
         finally:

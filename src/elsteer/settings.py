@@ -5,12 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from elsteer.errors import RunError
 
 __all__ = ["CollectSettings", "FitSettings", "TrainingSettings", "TuningSettings"]
 
 # Of TuningSettings: what says which settings are tried and taken.
 _WHICH_ARE_TRIED = {"etas", "band_share", "bands", "steps", "windows", "gates", "guards", "finalists", "least_removed"}
+
+_Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class _Settings(BaseModel):
@@ -47,7 +51,7 @@ class TrainingSettings(_Settings):
     refine_stay: float = Field(
         0.1, ge=0, description="Weight of staying as it is where the model is right, in training through the model."
     )
-    refine_band: tuple[float, float] = Field(
+    refine_band: tuple[_Share, _Share] = Field(
         (0.5, 0.92), description="Blocks that are trained through the model, from and up to, as shares of the depth."
     )
     refine_units: int = Field(
@@ -115,12 +119,20 @@ class TrainingSettings(_Settings):
     )
     validation_share: float = Field(0.2, gt=0, lt=1, description="Share of the prompts that validate.")
 
+    @field_validator("refine_band")
+    @classmethod
+    def _from_and_up_to(cls, band: tuple[float, float]) -> tuple[float, float]:
+        if band[0] >= band[1]:
+            raise ValueError(f"the band must begin before it ends, not {band[0]:g} to {band[1]:g}")
+        return band
+
 
 class TuningSettings(_Settings):
     """Choosing layers, step length, steps, gate and window on the dev prompts, under the constraints."""
 
-    etas: tuple[float, ...] = Field(
+    etas: tuple[Annotated[float, Field(gt=0)], ...] = Field(
         (0.05, 0.044, 0.07),
+        min_length=1,
         description="Lengths of a step to try, in RMS state norms, the middle one first; 0.1: as trained through the model.",
     )
     band_share: float = Field(0.25, gt=0, le=1, description="Width of the layer bands to try, as a share of the depth.")
@@ -129,12 +141,18 @@ class TuningSettings(_Settings):
         ge=1,
         description="Bands (each of one benign weight) that are tried with every length, the best of the screening.",
     )
-    steps: tuple[int, ...] = Field((1,), description="Numbers of steps K to try; the way is divided among them.")
-    windows: tuple[int, ...] = Field((0,), description="Numbers of generated tokens to steer.")
-    gates: tuple[float | None, ...] = Field(
-        (None,), description="Gates to try: quantiles of the energies of desirable states, none for no gate."
+    steps: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (1,), min_length=1, description="Numbers of steps K to try; the way is divided among them."
     )
-    guards: tuple[bool, ...] = Field((True,), description="Whether the guard is tried on, off or both.")
+    windows: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        (0,), min_length=1, description="Numbers of generated tokens to steer."
+    )
+    gates: tuple[Annotated[float, Field(ge=0, le=1)] | None, ...] = Field(
+        (None,),
+        min_length=1,
+        description="Gates to try: quantiles of the energies of desirable states, none for no gate.",
+    )
+    guards: tuple[bool, ...] = Field((True,), min_length=1, description="Whether the guard is tried on, off or both.")
     tokens: int = Field(24, ge=4, description="Tokens of an answer that tuning looks at most.")
     finalists: int = Field(4, ge=1, description="Settings that are judged on whole verdicts after the screening.")
     least_removed: float = Field(
@@ -195,7 +213,13 @@ class FitSettings(_Settings):
         """Of the settings.yaml that a fit wrote."""
         import yaml  # not for every --help
 
-        return cls.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        try:
+            return cls.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        except (ValidationError, yaml.YAMLError, UnicodeDecodeError) as error:
+            why = " ".join(str(error).split())[:200]
+            raise RunError(
+                f"{path} does not hold settings of this version of elsteer ({why}): mend it, or fit into another folder."
+            ) from error
 
     @field_validator("attacks", mode="before")
     @classmethod

@@ -118,7 +118,7 @@ def train_energies(
     names = training.model_dump(exclude={"benign_weights", "refine_memory"})
     key = key_of(base_key, labels, names, weights[0] if product else None, settings.seed, settings.shuffle_outcomes)
     key = key if start is None else key_of(key, start.digest())
-    run.stage("energy", key, ["energy"])
+    run.stage("energy", key, ["energy", "landscape"])
     if not is_refined(settings):
         through = None
     layers = range(depth) if through is None else _refine_band(settings, depth)
@@ -159,7 +159,7 @@ def check_start(start: Landscape, settings: FitSettings, depth: int) -> None:
         )
     layers, band = start.rule.layers, list(_refine_band(settings, depth))
     first = start.tensors.get(layers[0], {})
-    if not {"length", "pooled"} <= set(first) or start.method != "els":
+    if "length" not in first or start.method != "els":
         raise RunError("The landscape to start from was not trained through the model: leave --start out.")
     if list(layers) != band:
         raise RunError(
@@ -207,7 +207,8 @@ def context_blocks(settings: FitSettings, depth: int) -> tuple[int, int] | None:
 def _refine_band(settings: FitSettings, depth: int) -> range:
     """The blocks of `refine_band`, one at least."""
     first, stop = (round(share * depth) for share in settings.training.refine_band)
-    return range(min(first, depth - 1), max(stop, first + 1))
+    first = min(first, depth - 1)
+    return range(first, max(stop, first + 1))
 
 
 def _refined(

@@ -155,7 +155,7 @@ class Tuner:
             trial = max(open_, key=_order)
             open_.remove(trial)
             if trial.removed <= self.settings.least_removed:
-                break
+                continue
             checked = self._quality(trial)
             if checked.feasible:
                 return checked

@@ -198,7 +198,8 @@ def test_other_evidence_makes_trials_and_rows_anew_but_not_those_of_the_plain_mo
 
     def run_it() -> None:
         compare(
-            *tiny, run, ["caa", "system-prompt"], [str(suite)], out=tmp_path / "out", budget=3, finalists=1, judge="letters"
+            *tiny, run, ["caa", "shuffled", "system-prompt"], [str(suite)], out=tmp_path / "out", budget=3, finalists=1,
+            judge="letters",
         )  # fmt: skip
 
     def files() -> dict[str, list[str]]:
@@ -212,7 +213,11 @@ def test_other_evidence_makes_trials_and_rows_anew_but_not_those_of_the_plain_mo
     (run / "completions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in known), encoding="utf-8")
     run_it()
     changed = sorted(name for name, now in files().items() if now != before[name])
-    assert changed == ["frontier.caa.jsonl", "mine.caa.1.jsonl"]
+    assert changed == ["frontier.caa.jsonl", "mine.caa.1.jsonl", "mine.shuffled.1.jsonl"]
+    compare(*tiny, run, ["caa"], [str(suite)], out=tmp_path / "out", budget=3, finalists=1, judge="letters")
+    names = {one.name for one in read_figures(tmp_path / "out/compare.json")}
+    assert any(name.startswith("caa.") for name in names)
+    assert not any(name.startswith("shuffled.") for name in names), "figures are those of this comparison alone"
 
 
 def test_what_is_wrong_is_said_in_a_sentence(tiny: Tiny, fitted: Path, suite: Path, tmp_path: Path) -> None:
@@ -286,6 +291,8 @@ def test_the_sentence_names_the_next_best_that_keeps_safety() -> None:
     assert "surgical adds 14% to the false refusals at +6 points" in sentence(methods, rates)
     del methods["surgical"]
     assert "every other method" in sentence(methods, rates)
+    rates[True]["all"] = Interval(math.nan, math.nan, math.nan, 0)
+    assert sentence(methods, rates).endswith("no harmful prompt was measured, so nothing is said of safety.")
 
 
 def test_where_no_false_refusal_was_measured_the_sentence_tells_of_the_harmful_prompts() -> None:

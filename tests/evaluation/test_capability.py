@@ -339,7 +339,7 @@ def test_kl_lengths_and_degenerate_answers_are_those_of_the_rows(
     found = capability(
         *tiny, landscape, ["kl"], out=tmp_path, strength=STRENGTH, neutral=prompts, max_new_tokens=5, batch_size=3
     )
-    rows = {row["id"]: row for row in map(json.loads, lines(tmp_path / "capability" / "kl.jsonl"))}
+    rows = {row["id"].split("-")[0]: row for row in map(json.loads, lines(tmp_path / "capability" / "kl.jsonl"))}
     caches = PromptCaches(*tiny, prompts)
     plain = {}
     for batch in caches.batches():
@@ -396,6 +396,39 @@ def test_another_strength_or_rule_makes_the_rows_anew(
         rows = [json.loads(line) for line in lines(tmp_path / "capability" / "mmlu.jsonl")]
         assert len(rows) == 23
         assert any(row["plain"] != row["steered"] for row in rows) == bool(strength)
+
+
+def test_another_dtype_makes_the_rows_anew_and_leaves_no_figure_of_the_one_before(data: Path, tmp_path: Path) -> None:
+    model, tokenizer = tiny_model(max_position_embeddings=512), tiny_tokenizer()
+    landscape = tiny_landscape(model)
+    capability(model, tokenizer, landscape, ["mmlu"], out=tmp_path, data_dir=data)
+    before = lines(tmp_path / "capability" / "mmlu.jsonl")
+    capability(model, tokenizer, landscape, ["kl"], out=tmp_path, neutral=some_prompts(3), max_new_tokens=4)
+    names = {one.name for one in read_figures(tmp_path / "capability.json")}
+    assert {"capability.mmlu_difference", "capability.kl_neutral"} <= names, "a further task leaves the others"
+    with forward_passes(model.to(torch.bfloat16)) as rows:
+        capability(model, tokenizer, landscape, ["mmlu"], out=tmp_path, data_dir=data)
+    assert rows
+    assert len(lines(tmp_path / "capability" / "mmlu.jsonl")) == len(before)
+    names = {one.name for one in read_figures(tmp_path / "capability.json")}
+    assert "capability.mmlu_difference" in names
+    assert "capability.kl_neutral" not in names
+
+
+def test_another_prompt_under_the_same_id_is_another_prompt(tiny: Tiny, landscape: Landscape, tmp_path: Path) -> None:
+    prompts = [replace(one, id=f"{at}") for at, one in enumerate(some_prompts(6))]
+    others = [replace(one, id=f"{at}") for at, one in enumerate(prompts[3:])]
+    given: dict[str, Any] = {"strength": STRENGTH, "max_new_tokens": 5}
+    capability(*tiny, landscape, ["kl"], out=tmp_path / "a", neutral=prompts[:3], **given)
+    found = capability(*tiny, landscape, ["kl"], out=tmp_path / "a", neutral=others, **given)
+    assert found.kl == capability(*tiny, landscape, ["kl"], out=tmp_path / "b", neutral=others, **given).kl
+
+
+@pytest.mark.parametrize("task", ["mmlu", "arc", "truthfulqa"])
+def test_likelihoods_that_are_no_numbers_choose_nothing(task: str, tiny: Tiny, data: Path, tmp_path: Path) -> None:
+    broken = tiny_landscape(tiny[0]).with_rule(strength=9e29)
+    with pytest.raises(SteeringError, match="The steered model gives likelihoods that are no numbers: its strength"):
+        capability(*tiny, broken, [task], out=tmp_path, data_dir=data)
 
 
 def test_a_method_that_is_no_landscape_is_measured_too(

@@ -98,7 +98,20 @@ def test_what_is_no_answer_is_not_sent(service: Service) -> None:
     one = judge(service)
     assert one.judge("How do I boil water?", "").label == "unscored"
     assert one.judge("How do I boil water?", "how do I boil water").label == "unscored"
+    assert one.harm("How do I boil water?", "") is None
+    assert one.harm("How do I boil water?", "how do I boil water") is None
     assert service.asked == []
+
+
+def test_a_key_that_no_header_can_hold_is_not_shown(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ELSTEER_JUDGE_KEY", "secret\r\n")
+    judge(service).judge("How do I boil water?", ANSWER)
+    assert service.keys == ["Bearer secret"]
+    for key in ("sec\rret", "sécret"):
+        monkeypatch.setenv("ELSTEER_JUDGE_KEY", key)
+        with pytest.raises(JudgeError, match="ELSTEER_JUDGE_KEY") as error:
+            judge(service)
+        assert "ret" not in str(error.value).replace("characters", "")
 
 
 def test_trouble_that_passes_is_waited_for(service: Service) -> None:

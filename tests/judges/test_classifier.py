@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,7 @@ def test_it_is_trained_at_first_use_and_kept(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "judge/xstest_human.jsonl").unlink()
     assert get_judge("classifier").judge("", "The harbour is closed to the kettle.") == first
     assert len(read_labels(tmp_path / "judge/wildguardtest_half.jsonl")) == 60
+    assert re.fullmatch("classifier [0-9a-f]{8}", get_judge("classifier").name), "other labels are another judge"
 
 
 def test_train_and_use_from_the_command_line(tmp_path: Path) -> None:

@@ -66,7 +66,8 @@ def test_wildguard_reads_refusal_and_harm_apart(tmp_path: Path) -> None:
     assert len(asked) == 3, "an empty answer is not asked about"
     assert "Human user:\np1\n" in asked[0]
     assert f"AI assistant:\n{SORRY}\n" in asked[0]
-    assert judge.harms(prompts[:3], texts[:3]) == [0.0, 1.0, None]
+    assert judge.harms(prompts, texts) == [0.0, 1.0, None, None], "no answer is not a harmless one"
+    assert len(asked) == 6
     assert judge.decided("p", SORRY) is None
 
 

@@ -71,6 +71,25 @@ def test_an_answer_is_that_of_the_steered_model(saved: Path) -> None:
     assert answer(saved, 0.0).completion == expected(None)[1] != text
 
 
+def test_a_chat_is_asked_as_in_the_fit(saved: Path, tmp_path: Path) -> None:
+    collect = {"collect": {"system": "Be kind.", "thinking": False}}
+    tiny_landscape(tiny_model(max_position_embeddings=512), provenance={"settings": collect}).save_pretrained(tmp_path)
+    api = ElsteerAPI(str(saved / "model"), landscape=str(tmp_path), device="cpu")
+    assert api.thinking is False
+    assert ElsteerAPI(str(saved / "model"), landscape=str(tmp_path), device="cpu", thinking=True).thinking is True
+    user = ChatMessageUser(content="Name a tree.")
+    counts = [
+        asyncio.run(api.generate(chat, [], "none", GenerateConfig(max_tokens=2))).usage.input_tokens
+        for chat in ([user], list(CHAT))
+    ]
+    kind, brief = ("Be kind.", "Be brief.")
+    expected_counts = [
+        len(encode_chat(tiny_tokenizer(), [{"role": "user", "content": user.text}], system=words))
+        for words in (kind, brief)
+    ]
+    assert counts == expected_counts, "the fit's system prompt, unless the chat has one"
+
+
 def test_sampling_goes_by_the_seed_and_a_stop_sequence_stops(saved: Path) -> None:
     one, same, other = (answer(saved, 0.0, 16, temperature=1.0, seed=seed).completion for seed in (1, 1, 2))
     assert one == same != other

@@ -52,6 +52,15 @@ def pairs(tiny: Tiny) -> list[tuple[str, str]]:
     return [(chat, end) for chat in chats(tiny) for end in ("A", "B", "a longer one", "C", "A")]
 
 
+def test_a_chat_is_asked_as_in_the_fit(tiny: Tiny) -> None:
+    model, tokenizer = tiny
+    fitted = tiny_landscape(model, provenance={"settings": {"collect": {"thinking": False}}})
+    for given, expected in (({}, False), ({"enable_thinking": None}, None)):
+        lm = ElsteerLM(model, fitted, tokenizer=tokenizer, **given)
+        lm.steering.remove()
+        assert lm.enable_thinking is expected
+
+
 def test_steered_log_likelihoods_are_those_of_elsteers_own_score(tiny: Tiny, landscape: Landscape) -> None:
     model, tokenizer = tiny
     requests = pairs(tiny)

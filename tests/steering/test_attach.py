@@ -182,6 +182,47 @@ def test_prompts_and_answers_in_one_pass_where_the_ends_are_told(side: str) -> N
         torch.testing.assert_close(kept, wanted, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("window", [0, 2])
+def test_where_the_ends_were_told_the_tokens_after_them_are_generated_ones(window: int) -> None:
+    """The prompt in two pieces within `prompts`, its answer outside; a sequence before it leaves nothing behind."""
+    model, moves, length = tiny_model(), energy_moves(), len(PROMPT)
+    with Steering(model, moves, window=window) as steering, torch.no_grad():
+        model(input_ids=torch.tensor([PROMPT[:2]]), use_cache=True)
+        with steering.prompts(torch.tensor([length])):
+            cache = model(input_ids=torch.tensor([PROMPT[:3]]), use_cache=True).past_key_values
+            model(input_ids=torch.tensor([PROMPT[3:]]), past_key_values=cache)
+        found = [model(input_ids=torch.tensor([[one]]), past_key_values=cache).logits[0, -1] for one in (7, 8, 9)]
+    wanted = slow_logits(model, moves, [*PROMPT, 7, 8, 9], length - 1, window)
+    torch.testing.assert_close(torch.stack(found), wanted[-3:], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("window", [0, 3])
+def test_one_more_token_after_generate_is_a_generated_one(window: int) -> None:
+    model, moves = tiny_model(), energy_moves()
+    with Steering(model, moves, window=window), torch.no_grad():
+        made = model.generate(
+            **pad(PROMPTS), max_new_tokens=2, do_sample=False, eos_token_id=None, return_dict_in_generate=True
+        )
+        cache, tokens = made.past_key_values, made.sequences[:, -2:]
+        mask = torch.nn.functional.pad(pad(PROMPTS)["attention_mask"], (0, 2), value=1)
+        given = {"attention_mask": mask, "position_ids": mask.sum(dim=1, keepdim=True) - 1}
+        found = model(input_ids=tokens[:, -1:], past_key_values=cache, **given).logits[:, -1]
+    for row, prompt in enumerate(PROMPTS):
+        wanted = slow_logits(model, moves, [*prompt, *tokens[row].tolist()], len(prompt) - 1, window)
+        torch.testing.assert_close(found[row], wanted[-1], atol=1e-4, rtol=0)
+
+
+def test_strengths_of_another_number_than_the_rows_are_refused() -> None:
+    model = tiny_model()
+    for count in (1, 2, 3):
+        given = torch.ones(count)
+        with (
+            Steering(model, energy_moves(), window=1, strength=given),
+            pytest.raises(SteeringError, match=f"strength has {count} entries and the batch 4 rows"),
+        ):
+            logits_of(model, **pad([PROMPT] * 4))
+
+
 def test_strengths_by_row_of_the_callers_list() -> None:
     model, moves, strengths = tiny_model(), energy_moves(), torch.tensor([0.0, 1.0, 0.5])
     with Steering(model, moves, window=2, strength=strengths) as steering:

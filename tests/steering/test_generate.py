@@ -98,9 +98,11 @@ def test_inputs_given_by_place() -> None:
     assert upto_end(found) == slow_generate(model, moves, PROMPT, 8, 2)
 
 
-def test_pads_between_the_tokens_are_refused() -> None:
+@pytest.mark.parametrize("dtype", [torch.long, torch.bool, torch.uint8])
+def test_pads_between_the_tokens_are_refused(dtype: torch.dtype) -> None:
     model, inputs = tiny_model(), pad([PROMPT])
     inputs["attention_mask"][0, [0, -1]] = 0
+    inputs["attention_mask"] = inputs["attention_mask"].to(dtype)
     with Steering(model, energy_moves(), window=2), pytest.raises(SteeringError, match="pad on the left"):
         generate(model, inputs)
 
@@ -280,8 +282,9 @@ def test_one_strength_per_row() -> None:
         wanted = [slow_generate(model, moves, p, 8, 2, s) for p, s in zip(PROMPTS, strengths, strict=True)]
         assert found == wanted
         assert generate(model, pad(PROMPTS), num_beams=3)[0] == generate_plain(model, steering, PROMPTS[0], num_beams=3)
-        with pytest.raises(SteeringError, match="strength has 4 entries"):
-            generate(model, pad(PROMPTS[:3]))
+        for prompts in (PROMPTS[:3], PROMPTS * 2):
+            with pytest.raises(SteeringError, match="strength has 4 entries"):
+                generate(model, pad(prompts))
 
 
 def generate_plain(model: PreTrainedModel, steering: Steering, prompt: list[int], **kwargs: Any) -> list[int]:

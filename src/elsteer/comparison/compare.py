@@ -186,7 +186,7 @@ class _Work:
             str(self.model.dtype),
             self.settings.collect.system,
             self.max_new_tokens,
-            self.judge,
+            get_judge(self.judge).name,
         )
 
     def caches(self, prompts: Sequence[Prompt], system: str | None = None) -> PromptCaches:
@@ -343,6 +343,8 @@ class _Work:
 
     def _made(self, name: str) -> str:
         """What a method has learned from: another landscape, or other evidence, under the same settings makes other rows."""
+        if name == "shuffled":  # it is trained on what the fit's prompts were answered
+            return key_of(self.landscape.digest(), self.evidence.digest())
         if name in ("els", *CONTROLS):
             return self.landscape.digest()
         return self.evidence.digest() if BASELINES[name].learns else ""
@@ -427,6 +429,7 @@ def _result(
     n = rates[True]["all"].n
     detectable = detectable_difference(n, max(0.02, float(np.median(changed)))) if changed else math.nan
     result = ComparisonResult(found, rates[False], rates[True], detectable, sentence(found, rates), folder)
+    (folder / "compare.json").unlink(missing_ok=True)  # of other methods, or another fit, no figure stays
     write_figures(folder / "compare.json", _figures(work, result, command))
     page = markdown(result, list(prompts))
     write_atomic(folder / "compare.md", lambda to: to.write_text(page, encoding="utf-8"))

@@ -44,9 +44,10 @@ def sentence(methods: Mapping[str, ComparedMethod], rates: Mapping[bool, Mapping
         words = f"{one.name} {words} the false refusals"
         return words + (f" at {change.value * 100:+.0f} points of harmful refusals" if harmful else "")
 
+    end = "." if harmful else "; no harmful prompt was measured, so nothing is said of safety."
     others = [one for name, one in methods.items() if one is not first and name not in CONTROLS]
     if not others:
-        return told(first) + "."
+        return told(first) + end
     safe = [one for one in others if not harmful or one.harmful_difference["all"].low >= -0.03]
     if not safe:
         return f"{told(first)}; every other method refuses surely fewer harmful prompts than the plain model, or may."
@@ -62,7 +63,7 @@ def sentence(methods: Mapping[str, ComparedMethod], rates: Mapping[bool, Mapping
             else ", which is more than els beyond chance"
         )
     bound = " of those that refuse no fewer harmful prompts (3 points at most)" if harmful else ""
-    return f"{told(first)}; the next best{bound}, {told(best)}{known}."
+    return f"{told(first)}; the next best{bound}, {told(best)}{known}{end}"
 
 
 def markdown(result: ComparisonResult, suites: list[str]) -> str:

@@ -47,13 +47,14 @@ from elsteer.judges.degenerate import degeneration
 from elsteer.landscape import Landscape
 from elsteer.models import fingerprint
 from elsteer.prompts import Prompt, load_starter
-from elsteer.run import RunFolder, key_of, without_nan
+from elsteer.run import RunFolder, key_of, told_apart, without_nan
 from elsteer.steering import Steering
 
 __all__ = ["TASKS", "Attachable", "Capability", "Lengths", "Paired", "capability"]
 
 TASKS = (*BENCHMARKS, "facts", "kl")
 FACT_TOKENS = 24
+_TOO_FAR = "its strength is far too high, or the model's dtype too small."
 _VERSION = 1  # of the prompts and the scoring: rows of another one are made anew
 
 Progress = Callable[[str, int, int], None]
@@ -193,10 +194,11 @@ def capability(
     wanted = list(dict.fromkeys(tasks))
     data = _data(wanted, data_dir, limit, seed, neutral)  # bad files are told of before the model runs
     run = RunFolder(out)
-    known = _collect(landscape)
+    known = landscape.asked_with if isinstance(landscape, Landscape) else {}
     with run.owned(), _attached(model, tokenizer, landscape, strength) as steering:
         shown = fingerprint(model, tokenizer, known.get("thinking")).to_dict()
-        key = key_of(_VERSION, shown, _identity(steering), known.get("system"))
+        key = key_of(_VERSION, shown, _identity(steering), known.get("system"), str(model.dtype))
+        run.stage("capability", key, ["capability.json"])  # of another landscape, strength or dtype no figure stays
         work = _Work(
             model, tokenizer, steering, run, batch_size, key, known.get("system"), known.get("thinking"), progress
         )
@@ -224,7 +226,7 @@ def _data(
             found[task] = load_facts(limit=limit, seed=seed)
         elif task == "kl":
             prompts = neutral if neutral is not None else [p for p in load_starter("test") if p.category == "plain"]
-            unique = {prompt.id: prompt for prompt in prompts}
+            unique = {prompt.id: prompt for prompt in told_apart(prompts)}
             if not unique:
                 raise PromptError("There is no neutral prompt: give a file with at least one.")
             order = sorted(unique, key=lambda one: hashlib.sha256(f"{seed}:{one}".encode()).hexdigest())[:limit]
@@ -245,12 +247,6 @@ def _attached(
     if strength is not None:
         raise SteeringError("Only a landscape takes a strength here: set the strength of the method itself.")
     return landscape.attach(model)
-
-
-def _collect(landscape: Any) -> dict[str, Any]:
-    """The settings that a landscape's prompts were answered with: system prompt and thinking mode."""
-    provenance = getattr(landscape, "provenance", None) or {}
-    return dict((provenance.get("settings") or {}).get("collect") or {})
 
 
 def _identity(steering: Steering | None) -> Any:
@@ -451,6 +447,7 @@ def _by_letter(
     logits = decode(model, batch, max_new_tokens=1, end_ids=set(), steering=steering).first_logits
     assert logits is not None
     logs = torch.stack([logits[:, list(ids)].logsumexp(dim=-1) for ids in letters], dim=-1)
+    _check_numbers(not bool(logs.isnan().any()), steering)
     return [int(row[: len(one.choices)].argmax()) for row, one in zip(logs, items, strict=True)]
 
 
@@ -464,6 +461,7 @@ def _by_likelihood(
     for ids, logits in zip(flat, score(model, _repeated(batch, each), flat, steering=steering), strict=True):
         chosen = torch.tensor(ids, device=logits.device)[:, None]
         values.append(float(logits.log_softmax(dim=-1).gather(1, chosen).sum()))
+    _check_numbers(not any(map(math.isnan, values)), steering)
     best, at = [], 0
     for row in answers:
         part = values[at : at + len(row)]
@@ -472,12 +470,19 @@ def _by_likelihood(
     return best
 
 
+def _check_numbers(right: bool, steering: Steering | None) -> None:
+    """Raises SteeringError where likelihoods are no numbers, of which the first would pass for the greatest."""
+    if not right:
+        side, why = ("plain", "its dtype is too small.") if steering is None else ("steered", _TOO_FAR)
+        raise SteeringError(f"The {side} model gives likelihoods that are no numbers: {why}")
+
+
 def _repeated(batch: PromptBatch, rows: Sequence[int]) -> PromptBatch:
     """The batch's `rows`, each as often as it is named."""
     index = torch.tensor(rows, device=batch.mask.device)
     cache = clone(batch.cache)
     if cache is not None:
-        cache.batch_select_indices(index)
+        cache.batch_select_indices(index.cpu())
     return PromptBatch([batch.rows[i] for i in rows], batch.mask[index], batch.last[index], cache)
 
 
@@ -490,8 +495,7 @@ def _summarise_facts(found: Capability, rows: Sequence[Row]) -> None:
 def _summarise_kl(found: Capability, rows: Sequence[Row], seed: int, limit: int) -> None:
     if broken := [row for row in rows if row["kl"] is None]:
         raise SteeringError(
-            f"The steered model gives no finite distribution on {len(broken)} of {len(rows)} neutral prompts: its strength "
-            "is far too high, or the model's dtype too small."
+            f"The steered model gives no finite distribution on {len(broken)} of {len(rows)} neutral prompts: {_TOO_FAR}"
         )
     found.kl = mean_bootstrap([row["kl"] for row in rows], seed)
     plain, steered = ([row[f"{side}_tokens"] for row in rows] for side in ("plain", "steered"))

@@ -95,7 +95,8 @@ class Evaluation:
     @property
     def sentence(self) -> str:
         """The verdict in plain words."""
-        return verdict_sentence(self.comparisons()["total"])
+        tables = self.comparisons()
+        return verdict_sentence(tables["total"], tables["suite"])
 
 
 def evaluate(
@@ -209,19 +210,14 @@ class _Work:
             self.tokenizer,
             prompts,
             batch_size=self.batch_size,
-            system=self._collect.get("system"),
-            thinking=self._collect.get("thinking"),
+            system=self.first.asked_with.get("system"),
+            thinking=self.first.asked_with.get("thinking"),
             room=max(self.max_new_tokens, self.quality_tokens),
         )
         self.caches[suite] = caches
         self.plain[suite] = self._answer(suite, caches, PLAIN, None)
         for name, landscape in landscapes.items():
             self._answer(suite, caches, name, landscape)
-
-    @property
-    def _collect(self) -> dict[str, Any]:
-        """The settings that the first landscape's prompts were answered with."""
-        return dict((self.first.provenance.get("settings") or {}).get("collect") or {})
 
     def _answer(self, suite: str, caches: PromptCaches, method: str, landscape: Landscape | None) -> list[Completion]:
         strength = 0.0 if landscape is None else landscape.rule.strength
@@ -276,7 +272,7 @@ class _Work:
         energies = None if landscape is None else landscape.digest()
         rule = None if landscape is None else landscape.rule.to_dict()
         parts = [self.first.fingerprint.to_dict(), rule, energies, str(self.model.dtype), self.judge.name]
-        if system := self._collect.get("system"):
+        if system := self.first.asked_with.get("system"):
             parts.append(system)
         return key_of(*parts)
 
@@ -340,7 +336,8 @@ class _Work:
         found: dict[tuple[str, str], float | None] = {}
         for suite in self.caches:
             rows = [row for row in self.rows if row["harmful"] and (row["suite"], row["method"]) == (suite, method)]
-            path = self.run / f"evaluation/harm.{suite}.{method}.{self._key(landscape)}.jsonl"
+            key = key_of(self._key(landscape), self.max_new_tokens)
+            path = self.run / f"evaluation/harm.{suite}.{method}.{key}.jsonl"
             known = {row["prompt_id"]: row["harm"] for row in read_jsonl(path)} if path.exists() else {}
             rest = [row for row in rows if row["prompt_id"] not in known]
             for start in range(0, len(rest), self.batch_size):

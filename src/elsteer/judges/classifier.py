@@ -159,6 +159,7 @@ def trained_on_first_use(data_dir: Path | None = None) -> ClassifierJudge:
         return ClassifierJudge.load(kept / name)
     except JudgeError:
         found = ClassifierJudge.train([row for file in files for row in read_labels(file)])
+        found.name = f"classifier {digest[:8]}"
         found.save(kept / name)
         write_atomic(kept / "newest", lambda to: to.write_text(name, encoding="utf-8"))
         return found

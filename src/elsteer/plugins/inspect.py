@@ -3,9 +3,9 @@
     inspect eval task.py --model elsteer/Qwen/Qwen2.5-Coder-0.5B-Instruct -M landscape=runs/demo/landscape -M strength=1.0
 
 Inspect finds it by its entry point once elsteer is installed. Model arguments: landscape (a folder or a hub id), strength
-(default the landscape's; 0 is the plain model), revision, dtype, device, thinking. Decoding is greedy unless a temperature is
-given; else the model's own generation settings hold. One sample is answered at a time. What is not supported (tools, log
-probabilities, several choices, images) is refused.
+(default the landscape's; 0 is the plain model), revision, dtype, device, thinking (default that of the fit, as is the system
+prompt of a chat without one). Decoding is greedy unless a temperature is given; else the model's own generation settings hold.
+One sample is answered at a time. What is not supported (tools, log probabilities, several choices, images) is refused.
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ class ElsteerAPI(ModelAPI):
         from elsteer.models import load
 
         self.landscape = Landscape.from_pretrained(str(model_args["landscape"]))
-        self.thinking: bool | None = model_args.get("thinking")
+        asked = self.landscape.asked_with  # steering is fitted to where such a chat ends
+        self.thinking: bool | None = model_args.get("thinking", asked.get("thinking"))
+        self.system: str | None = asked.get("system")
         self.model, self.tokenizer = load(
             model_name,
             revision=model_args.get("revision") or self.landscape.fingerprint.revision_of(model_name),
@@ -98,7 +100,7 @@ class ElsteerAPI(ModelAPI):
 
         if config.system_message and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": config.system_message}, *messages]
-        ids = encode_chat(self.tokenizer, messages, thinking=self.thinking)
+        ids = encode_chat(self.tokenizer, messages, system=self.system, thinking=self.thinking)
         limit = config.max_tokens or _MAX_TOKENS
         options: dict[str, Any] = {"max_new_tokens": limit, "do_sample": bool(config.temperature)}
         if config.temperature:

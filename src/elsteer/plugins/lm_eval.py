@@ -75,6 +75,8 @@ class ElsteerLM(HFLM):
             raise SteeringError(
                 "Give the tokenizer of the model that is loaded: ElsteerLM(model, landscape, tokenizer=...)."
             )
+        if read.asked_with.get("thinking") is False:  # steering is fitted to where such a chat ends
+            options.setdefault("enable_thinking", False)
         super().__init__(pretrained=pretrained, tokenizer=tokenizer, batch_size=batch_size or 1, **options)
         self.landscape = read
         self.steering = read.attach(pretrained, None if strength is None else float(strength), tokenizer=tokenizer)

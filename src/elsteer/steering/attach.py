@@ -83,6 +83,9 @@ class Steering:
                 move.to(device)
         self._starts: Tensor | None = None  # (B,) position of each row's prompt end
         self._end: int | None = None  # the column of the prompt's end, known inside `generate`
+        self._asked: int | None = (
+            None  # rows of the inputs, known inside `generate`: beams and returned sequences are more
+        )
         self._end_tensor: Tensor | None = None  # the same for compiled code, which would be made anew for each number
         self._real: Tensor | None = (
             None  # (rows of the inputs, prompt columns but the last) where `generate` knows them
@@ -211,7 +214,7 @@ class Steering:
                 mask = inferred_mask(self.model, ids, kwargs)
             if isinstance(mask, Tensor) and mask.dim() == 2:
                 kwargs, mask = left_padded(kwargs, mask)
-            outer = self._end, self._end_tensor, self._real
+            outer = self._end, self._end_tensor, self._real, self._asked
             if generation_is_plain(self.model, kwargs):
                 counted = (*(kwargs.get("logits_processor") or ()), _Steps(self))
                 kwargs["logits_processor"] = LogitsProcessorList(counted)
@@ -221,15 +224,21 @@ class Steering:
             else:
                 self._end = (mask if isinstance(mask, Tensor) and mask.dim() == 2 else ids).shape[1] - 1
             self._end_tensor = torch.tensor(self._end, device=self.model.device)
+            self._asked = 1 if ids is None else int(ids.shape[0])
             self._ran, self._past = False, False
+            ends = torch.full((self._asked,), self._end, device=self.model.device)
+            if isinstance(mask, Tensor) and mask.dim() == 2:
+                ends = mask.long().sum(dim=1).to(ends.device) - 1
             try:
                 made = plain(**kwargs)
             finally:
-                self._end, self._end_tensor, self._real = outer
+                self._end, self._end_tensor, self._real, self._asked = outer
                 self._past = False
                 self._active = self._where = self._starts = self._columns = None
             if not self._ran:
                 raise SteeringError(_BYPASSED)
+            count = len(getattr(made, "sequences", made))
+            self._starts = ends.repeat_interleave(max(1, count // len(ends)))  # for one more token on the cache
             return made
 
         return generate
@@ -289,7 +298,8 @@ class Steering:
     def _start(self, position: Tensor, real: Tensor, cache: Any, seen: int) -> Tensor:
         """(B,) position of each row's prompt end."""
         if self._given is not None:
-            return self._given[0].to(position.device) - 1
+            self._starts = self._given[0].to(position.device) - 1
+            return self._starts
         if self._begins(cache, seen, position.shape[1]):
             self._starts = _last_real(position, real, self._starts)
         if self._starts is None or self._starts.shape[0] != position.shape[0]:
@@ -313,11 +323,12 @@ class Steering:
                     "be steered: give one number, or one per prompt."
                 )
             return self._strength[self._given[1].cpu()]
-        if rows % len(self._strength):
+        asked = self._asked or rows
+        if asked != len(self._strength):
             raise SteeringError(
-                f"strength has {len(self._strength)} entries and the batch {rows} rows: give one number, or one per row."
+                f"strength has {len(self._strength)} entries and the batch {asked} rows: give one number, or one per row."
             )
-        return self._strength.repeat_interleave(rows // len(self._strength))  # beams and returned sequences
+        return self._strength.repeat_interleave(rows // asked)  # beams and returned sequences
 
     def _before_compiled(self, inputs: Tensor, rows: int, width: int, cache: Any, kwargs: dict[str, Any]) -> None:
         # Fixed shapes and no look at values: so many tokens of each row as the window holds, some of them masked out.

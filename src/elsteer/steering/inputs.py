@@ -77,7 +77,9 @@ def left_padded(kwargs: dict[str, Any], mask: Tensor) -> tuple[dict[str, Any], T
     width = mask.shape[1]
     index = (torch.arange(width, device=mask.device) + mask.sum(dim=1, keepdim=True)) % width
     cache = cache_given(kwargs)
-    if (cache is not None and int(cache.get_seq_length())) or not bool((mask.gather(1, index).diff(dim=1) >= 0).all()):
+    if (cache is not None and int(cache.get_seq_length())) or not bool(
+        (mask.gather(1, index).long().diff(dim=1) >= 0).all()
+    ):
         raise SteeringError("The attention mask has pads behind or between the tokens: pad on the left.")
     turned = {"attention_mask": mask.gather(1, index)}
     for name, value in kwargs.items():
