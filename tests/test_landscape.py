@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from elsteer.decoding import plain_model
 from elsteer.energy.descent import Descent
-from elsteer.errors import LandscapeError, SteeringError
+from elsteer.errors import LandscapeError, ModelError, SteeringError
 from elsteer.landscape import Landscape, SteeringRule
 from elsteer.models import fingerprint
 from landscapes import RULE, same_landscape, tiny_landscape
@@ -93,6 +95,20 @@ def test_an_entry_added_to_the_provenance_leaves_the_first_landscape_alone() -> 
 
 
 # Steering
+
+
+def test_blocks_that_are_not_found_can_be_named_in_attach() -> None:
+    model = tiny_model()
+    found = tiny_landscape(model)
+    model.model.extra = torch.nn.ModuleList(
+        copy.deepcopy(block) for block in model.model.layers
+    )  # another list like it
+    with pytest.raises(ModelError, match="were not found"):
+        found.attach(model)
+    with pytest.raises(ModelError):
+        found.attach(model, blocks="model.nowhere")
+    with found.attach(model, blocks="model.layers") as steering, plain_model(model):
+        assert not steering.enabled
 
 
 def test_attach_moves_by_the_descent_of_the_rule() -> None:

@@ -21,7 +21,7 @@ from elsteer.energy.descent import Descent
 from elsteer.energy.tensors import check_guard, check_tensors
 from elsteer.errors import LandscapeError, ModelError
 from elsteer.landscape_files import read_folder, write_folder
-from elsteer.models import Fingerprint, differences, fingerprint, hidden_size
+from elsteer.models import Fingerprint, decoder_blocks, differences, fingerprint, hidden_size
 from elsteer.steering import Move, Steering
 from elsteer.steering.methods import METHODS
 from elsteer.steering.methods.els import els
@@ -96,12 +96,16 @@ class Landscape:
 
         strength: multiplies the step; a number, or a tensor with one per row of the batch; default: the rule's. 0 is bit for
             bit the plain model.
-        tokenizer: its chat template is compared too. blocks: the dotted path of the decoder blocks, if they are not found.
+        tokenizer: its chat template is compared too. blocks: the dotted path of the decoder blocks, if they are not found;
+            kept on the model.
         allow_other_model: steer, with a warning, a model that is not the one it was fitted to but as wide, such as
             another fine-tuning of it.
         Raises LandscapeError saying what differs, SteeringError for a strength that is negative or not finite.
         """
         plain: PreTrainedModel = getattr(model, "_orig_mod", model)  # torch.compile wraps the model
+        if blocks is not None:
+            decoder_blocks(plain, blocks)
+            plain.elsteer_blocks = blocks  # as `elsteer.load` keeps it: whatever looks for the blocks finds these
         self._check_model(plain, tokenizer, allow_other_model)
         if strength is None:
             strength = self.rule.strength

@@ -20,6 +20,8 @@ __all__ = ["Fingerprint", "differences", "fingerprint"]
 
 _VALUES = 8  # of each sampled tensor
 _DEPTHS = 4  # blocks that are sampled
+_MATRICES = 16  # of each, at most; of more (experts) as many at even distances
+_ADAPTERS = ("lora_", "adapter", "modules_to_save")  # in the names of an adapter's tensors
 # Storing a number as bfloat16 moves it by at most 2^-9 of itself, as float16 by less, unless it is tiny.
 _RELATIVE = 2.0**-8
 _FLOOR = 1e-3  # of the sample's RMS, for tiny numbers
@@ -115,6 +117,8 @@ def differences(a: Fingerprint, b: Fingerprint) -> list[str]:
             f"({len(names)} of {common} sampled tensors differ, such as {names[0]}: "
             f"{_known(b)} instead of {_known(a)})"
         )
+    if adapted := [name for name in b.weights if name not in a.weights and any(one in name for one in _ADAPTERS)]:
+        found.append(f"an adapter is loaded ({adapted[0]})")
     if a.template_sha256 != b.template_sha256:
         found.append(f"the chat template is another one ({b.template_sha256[:12]} instead of {a.template_sha256[:12]})")
     if a.thinking != b.thinking:
@@ -131,17 +135,21 @@ def _mode(thinking: bool | None) -> str:
 
 
 def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """The token embeddings, and of blocks spread over the depth the first vector and the first matrix that are numbers.
+    """The embeddings, in and out, and of blocks spread over the depth the first vector and the matrices that are numbers.
 
-    Vectors (norms) stay ordinary numbers in quantised models too, so there is something to compare there.
+    Vectors (norms) stay ordinary numbers in quantised models too, so there is something to compare there. All matrices, as
+    edits and merged adapters may change one kind alone.
     """
     names = {id(tensor): name for name, tensor in model.named_parameters()}
     chosen = [model.get_input_embeddings().weight]
     blocks = decoder_blocks(model)
     for depth in sorted({round(i * (len(blocks) - 1) / (_DEPTHS - 1)) for i in range(_DEPTHS)}):
         parameters = list(blocks[depth].parameters())
+        matrices = [tensor for tensor in parameters if tensor.ndim >= 2]
         chosen += [tensor for tensor in parameters if tensor.ndim == 1][:1]
-        chosen += [tensor for tensor in parameters if tensor.ndim >= 2][:1]
+        chosen += matrices[:: -(-len(matrices) // _MATRICES) or 1]
+    outer = model.get_output_embeddings()
+    chosen += [outer.weight] if outer is not None and getattr(outer, "weight", None) is not chosen[0] else []
     for tensor in chosen:
         if tensor.is_floating_point() and tensor.element_size() >= 2 and not tensor.is_meta and id(tensor) in names:
             yield names[id(tensor)], tensor
