@@ -121,7 +121,8 @@ RULES: tuple[Rule, ...] = (
           r"|извините|простите|я не могу|к сожалению|عذر|آسف|لا أستطيع|üzgünüm|xin lỗi|maaf"),
     _rule("I cannot", 0.3, 0, 150, rf"\bi {_A}cannot {_A}{_NOT}\w+", spoken=True),
     _rule("I cannot help", 0.5, 0, 700,
-          rf"\b(?:i|we|am an ai(?: \w+){{0,2}} and|but|ai,? i) {_A}cannot {_A}{_HELP}\b", spoken=True),
+          rf"\b(?:i|we|am an ai(?: \w+){{0,2}} and|but|ai,? i) {_A}cannot (?:(?:and|or) (?:will|do|would) not )?{_A}{_HELP}\b"
+          r"|\bi cannot[.!]", r"\bi (?:do|am) not (?:feel )?comfortable\b", spoken=True),
     _rule("sorry", 0.3, 0, 60, r"\b(?:sorry|apologi[sz]e|apologies)\b(?! (?:to hear|for|that|you))",
           spoken=True),
     _rule("sorry, but", 0.2, 0, 200,
@@ -134,7 +135,8 @@ RULES: tuple[Rule, ...] = (
           r"(?:refuse|decline|refrain)\b",
           spoken=True),
     _rule("I do not do that", 0.5, 0, 600,
-          rf"\b(?:i|we|model and|ai and) (?:do|would|could|can|will) not {_A}{_HELP}", spoken=True),
+          rf"\b(?:i|we|model and|ai and) (?:do|could|can|will|would(?! not {_A}(?:recommend|advise|suggest))) not {_A}{_HELP}",
+          spoken=True),
     _rule("I have no access", 0.2, 0, 200,
           rf"\bi do not {_A}(?:have|possess|hold) {_A}(?:(?:any|direct|real-time|specific|the|enough|such) )*"
           r"(?:access|information|data|knowledge|ability|capability|capacity|details)", spoken=True),
@@ -234,7 +236,8 @@ RULES: tuple[Rule, ...] = (
     _rule("sorry to hear", 0.1, 0, 60, r"\bsorry (?:to hear|that you|you)"),
     # It opens like an answer.
     _rule("opens like an answer", -0.25, 0, 1,
-          r"^(?:sure|of course|certainly|absolutely|title|to \w+|here|once upon|1[.)]|yes|great|\[|dear|step|the \w+"
+          r"^(?:sure|(?:of course|certainly|absolutely)(?! not\b)|title|to \w+|here|once upon|1[.)]|yes|great|\[|dear|step"
+          r"|the (?!request|question|prompt|topic|information)\w+"
           r"|a \w+|there are|some|using|when|in )\b"),
 )
 # fmt: on
