@@ -43,7 +43,7 @@ def before_and_after(of_size: dict[str, Figure]) -> list[str]:
     first = of_size["removed"]
     model, _, dtype = first.model.rpartition(", ")
     lines = [
-        f"{model.rpartition('/')[2]} in {dtype}, seed {first.seed}, judge `rules`, prompts that nothing was chosen by"
+        f"{model.rpartition('/')[2]} in {dtype}, seed {first.seed}, judge `rules`, prompts that no fit was trained or tuned on"
         f" (`{first.command}`; all: [results/headline.md](results/headline.md)):",
         "",
         "| prompts | n | plain refused (95%) | steered refused (95%) | removed (95%) | difference in points (95%) |",
@@ -59,6 +59,7 @@ def before_and_after(of_size: dict[str, Figure]) -> list[str]:
     tenths = partial(points, places=1)
     told = {
         "harmful_difference.attacked": ("harmful refusals under five families of attacks, points", points),
+        "decode.overhead": ("time of decoding 64 tokens, batch 8, times the plain model's", ratio),
         "quality.perplexity_ratio": ("perplexity of the steered answers, times the plain ones'", ratio),
         "degenerate_difference": ("answers to everyday prompts that degenerate, points", tenths),
         "kl_neutral": ("KL per token on everyday prompts, nats", ratio),
@@ -67,22 +68,31 @@ def before_and_after(of_size: dict[str, Figure]) -> list[str]:
         "arc_difference": ("ARC, points", tenths),
         "truthfulqa_difference": ("TruthfulQA, points", tenths),
     }
-    known = {name: f"{words}: {write(of_size[name])}" for name, (words, write) in told.items() if name in of_size}
+    known = {name: f"| {words} | {write(of_size[name])} |" for name, (words, write) in told.items() if name in of_size}
     others = {of_size[name].model.rpartition(", ")[2] for name in known} - {dtype}
-    if known:
-        lines.append(f"Besides{f', in {others.pop()}' if others else ''}: {'; '.join(known.values())}.")
     harm = {SETS[name]: of_size[f"harmful_difference.{name}"] for name in SETS if name not in BENIGN}
     fell = [label for label, one in harm.items() if one.value < 0 <= one.high]
     if fell:
         lines.append(
             f"Fewer of {' and '.join(fell)} are refused here, which may be chance: measure on prompts like your own."
         )
-    return lines + not_kept([label for label, one in harm.items() if one.high < 0])
+    lines += not_kept([label for label, one in harm.items() if one.high < 0])
+    if known:
+        lines += [
+            "",
+            f"| also measured{f', in {others.pop()}' if others else ''} | steered, or steered less plain |",
+            "|---|---|",
+        ]
+        lines += known.values()
+    return lines
 
 
-def time_of_decoding(of_size: dict[str, Figure]) -> list[str]:
-    slower = of_size.get("decode.overhead")
-    return ["", f"Decoding 64 tokens, batch 8: {ratio(slower)} times the plain time."] if slower else []
+def summary(of_size: dict[str, Figure]) -> str:
+    """A size in a line."""
+    model = of_size["removed"].model.rpartition(", ")[0].rpartition("/")[2]
+    safe, hard = (f"{of_size[f'removed.{name}'].value:.0%} on {SETS[name]}" for name in BENIGN)
+    more = of_size["harmful_difference"]
+    return f"- {model}: false refusals removed {safe}, {hard}; harmful prompts refused {points(more)} points"
 
 
 def not_kept(lost: list[str]) -> list[str]:
@@ -139,14 +149,16 @@ def put(mark: str, words: str) -> None:
 def main() -> None:
     figures = {one.name: one for one in read_figures(ROOT / "results/headline.json")}
     lines: list[str] = []
+    short: list[str] = []
     for size in SIZES:
         of_size = {name[len(size) + 1 :]: one for name, one in figures.items() if name.startswith(f"{size}.")}
         if not of_size:
             continue
         lines += ["", *before_and_after(of_size)] if lines else before_and_after(of_size)
-        lines += time_of_decoding(of_size)
+        short.append(summary(of_size))
         lines += methods(of_size, size)
     put("figures", "\n".join(lines))
+    put("summary", "\n".join(short))
     sys.stdout.write("The figures of README.md are made from results/headline.json.\n")
 
 
