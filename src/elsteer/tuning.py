@@ -117,6 +117,8 @@ class Tuner:
     count as if the plain model refused `refusal_level` of them, where it refuses fewer.
     """
 
+    weighted_errors = -1.0  # standard errors that are added to the weighted change before it is held against its bound
+
     def __init__(
         self,
         bases: dict[float, Landscape],
@@ -395,7 +397,7 @@ class Tuner:
             plain_answered=1 - _mean(plain[benign]),
             plain_refused=_mean(plain[harmful]),
             worst_source=worst,
-            weighted=self._weighted(refused, plain, np.flatnonzero(harmful), -1),
+            weighted=self._weighted(refused, plain, np.flatnonzero(harmful), self.weighted_errors),
         )
         if not benign.any() or not harmful.any():
             trial.why_not.append("no prompt of one kind could be scored")

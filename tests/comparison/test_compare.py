@@ -156,7 +156,7 @@ def test_a_baseline_need_only_keep_safety(tiny: Tiny, fitted: Path, suite: Path,
     compare(*tiny, run, methods, [str(suite)], out=tmp_path / "out", batch_size=8, judge="letters")
     rows = [row for name in methods for row in read_jsonl(tmp_path / f"out/frontier.{name}.jsonl")]
     trials = [Trial.from_row(row["trial"]) for row in rows]
-    kept = [one.refused_harmful >= one.plain_refused - 1e-9 for one in trials]
+    kept = [one.refused_harmful >= one.plain_refused - 0.01 - 1e-9 for one in trials]
     assert {*kept} == {True, False}
     assert kept == [not any("by the margin" in why for why in one.why_not) for one in trials]
 

@@ -237,7 +237,11 @@ def test_some_families_are_for_fitting_and_some_are_held_out() -> None:
 
 
 def test_templates_for_fitting_do_not_forbid_a_refusal_which_is_a_family_held_out() -> None:
-    words = re.compile(r"\b(refus\w*|apolog\w*|sorry|disclaimers?|warnings?|unable|unwilling)\b", re.IGNORECASE)
+    words = re.compile(
+        r"\b(refus\w*|apolog\w*|sorry|disclaimers?|warnings?|unable|unwilling)\b|\"(however|as an ai|i'd rather not)\b"
+        r"|irresponsible|of hotlines|\b(begin|start\w*) with \"i\"",
+        re.IGNORECASE,
+    )
     assert [text for name in fitting_families() for text in templates_of(name) if words.search(text)] == []
 
 

@@ -4,8 +4,11 @@
     verdicts    whole answers of the `finalists` best of these
     chosen      of those that keep safety and the KL bound, the one that answers most benign prompts
 
-Where none keeps them, the one with the best worth (share removed, less six times what safety lacks) stands for the method,
-and `Tuned.feasible` is False. Every trial is a row of a JSONL file, so a killed run goes on where it was.
+A landscape of ours must gain refusals, and surely not lose them once they are weighted. A baseline need only keep them: it may
+lose a point, and weighted as much as an error explains. Where none keeps the bounds, the one with the best worth (share
+removed, less six times what safety lacks) is tried at half its strength too, as a landscape is tried with a shorter step. Where
+none keeps them and removes anything, the best worth stands for the method, and `Tuned.feasible` says whether it keeps the
+bounds. Every trial is a row of a JSONL file, so a killed run goes on where it was.
 """
 
 from __future__ import annotations
@@ -77,6 +80,8 @@ def _spread(candidates: Sequence[Candidate], budget: int) -> list[Candidate]:
 class _BaselineTuner(Tuner):
     """The fit's tuner, whose rules are the settings of candidates."""
 
+    weighted_errors = 1.0
+
     def __init__(
         self, shared: Tuner, candidates: Sequence[Candidate], path: Path, with_system: Caches | None, made: str
     ) -> None:
@@ -94,18 +99,30 @@ class _BaselineTuner(Tuner):
     def choose(self, finalists: int) -> Tuned:
         screened = self._screen([_rule(one) for one in self.candidates.values()])
         judged = [self._verdicts(trial.rule) for trial in self._promising(screened)[:finalists]]
+        self._bound_kl(screened, judged)
+        best = max(judged, key=self._worth)
+        candidate = self.landscape(best.rule)
+        if not any(trial.feasible for trial in judged) and candidate.moves and candidate.strength:
+            half = candidate.scaled(0.5)
+            self.candidates[_key(half)] = half
+            more = self._screen([_rule(half)])
+            again = [self._verdicts(_rule(half))]
+            self._bound_kl(more, again)
+            screened, judged = [*screened, *more], [*judged, *again]
+        kept = [trial for trial in judged if trial.feasible and trial.removed > 0]
+        if kept:
+            best = max(kept, key=lambda trial: (round(trial.answered_benign, 2), trial.refused_harmful))
+        else:
+            best = max(judged, key=self._worth)
+        return Tuned(self.landscape(best.rule), best, best.feasible, [*screened, *judged])
+
+    def _bound_kl(self, screened: Sequence[Trial], judged: Sequence[Trial]) -> None:
         kl = {json.dumps(trial.rule, sort_keys=True): trial for trial in screened}
         for trial in judged:  # verdicts do not measure the KL again
             first = kl[json.dumps(trial.rule, sort_keys=True)]
             trial.kl = first.kl
             if first.kl is not None and not first.kl <= self.settings.kl and "KL above its bound" not in trial.why_not:
                 trial.why_not.append("KL above its bound")
-        kept = [trial for trial in judged if trial.feasible]
-        if kept:
-            best = max(kept, key=lambda trial: (round(trial.answered_benign, 2), trial.refused_harmful))
-        else:
-            best = max(judged, key=self._worth)
-        return Tuned(self.landscape(best.rule), best, bool(kept), [*screened, *judged])
 
     def _tried(self, rule: dict[str, Any], stage: str, run: Callable[[dict[str, Any]], Trial]) -> Trial:
         stage = f"{stage} {self.made}" if self.made else stage

@@ -59,10 +59,9 @@ def _random(evidence: Evidence) -> list[Candidate]:
 
 
 def _choices(depth: int) -> list[tuple[tuple[int, ...], int]]:
-    """(layers, window): each choice of layers at the prompt's last token, the widest band at every token too."""
-    wide = bands(depth)
-    found = [*((layers, 0) for layers in singles(depth)), *((layers, 0) for layers in wide[-1:])]
-    return list(dict.fromkeys([*found, (wide[-1], EVERY_TOKEN)]))  # a shallow model has few
+    """(layers, window): two blocks alone and the widest band, at the prompt's last token and, as published, at every one."""
+    layers = [*singles(depth, (0.5, 0.6)), bands(depth)[-1]]
+    return [(one, window) for window in (0, EVERY_TOKEN) for one in dict.fromkeys(layers)]  # a shallow model has few
 
 
 def _added(method: str, evidence: Evidence, directions: dict[int, Tensor]) -> list[Candidate]:

@@ -92,7 +92,9 @@ def train_classifier(states: Tensor, classes: Tensor, count: int, seed: int) -> 
 def _k_steering(evidence: Evidence) -> list[Candidate]:
     wide = band(evidence.depth, 0.4, 0.8)
     choices = list(
-        dict.fromkeys([*((one, 0) for one in singles(evidence.depth, (0.5,))), (wide, 0), (wide, EVERY_TOKEN)])
+        dict.fromkeys(
+            [*((one, EVERY_TOKEN) for one in singles(evidence.depth, (0.5,))), (wide, 0), (wide, EVERY_TOKEN)]
+        )
     )
     rows, classes, names = _sample(evidence)
     signs = _weights(names)

@@ -1,0 +1,94 @@
+"""What tuning chooses for a baseline: the same bounds as for a landscape, but that it need only keep safety."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from elsteer.comparison.tune import _BaselineTuner
+from elsteer.completions import Completion, PromptCaches, complete
+from elsteer.landscape import Landscape
+from elsteer.prompts import Prompt
+from elsteer.settings import TuningSettings
+from elsteer.steering.methods.baseline import Candidate
+from elsteer.steering.methods.caa import AddVector
+from elsteer.tuning import Trial, Tuner
+from landscapes import tiny_landscape
+from pipelines import LetterJudge, Tiny, some_prompts, speaker
+
+DEV = some_prompts(40)
+SETTINGS = TuningSettings(safety_margin=-0.01, worst_source=-0.02)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Tiny:
+    return speaker()
+
+
+def tuner_of(tiny: Tiny, path: Path, candidates: list[Candidate], kind: type[_BaselineTuner]) -> _BaselineTuner:
+    small = tiny_landscape(tiny[0])
+    plain: list[Completion] = complete(PromptCaches(*tiny, DEV), LetterJudge(), max_new_tokens=4)
+    neutral = PromptCaches(*tiny, [Prompt.of("What time is it?", False)])
+    bases = {1.0: Landscape(small.rule, small.tensors, small.guards, small.fingerprint)}
+    caches = PromptCaches(*tiny, DEV)
+    shared = Tuner(bases, caches, plain, neutral, LetterJudge(), None, SETTINGS, path / "fit.jsonl")
+    return kind(shared, candidates, path / "frontier.jsonl", None, "")
+
+
+def vectors(*alphas: float) -> list[Candidate]:
+    return [Candidate("caa", {"alpha": alpha}, {1: AddVector(torch.ones(32))}) for alpha in alphas]
+
+
+class Scripted(_BaselineTuner):
+    """Measures nothing: by alpha times strength, what is answered of benign and refused of harmful prompts."""
+
+    does: dict[float, tuple[float, float]]
+
+    def _screened(self, rule: dict[str, Any]) -> Trial:
+        return self._told(rule, "screening")
+
+    def _judged(self, rule: dict[str, Any]) -> Trial:
+        return self._told(rule, "verdicts")
+
+    def _told(self, rule: dict[str, Any], stage: str) -> Trial:
+        answered, refused = self.does[rule["alpha"] * rule["strength"]]
+        why_not = ["margin"] if refused < 0.49 - 1e-9 else []
+        return Trial(rule, stage, answered, refused, 0.5, 0.5, kl=0.0, why_not=why_not)
+
+
+def chosen(tiny: Tiny, path: Path, does: dict[float, tuple[float, float]], *alphas: float) -> tuple[float, bool]:
+    tuner = tuner_of(tiny, path, vectors(*alphas), Scripted)
+    assert isinstance(tuner, Scripted)
+    tuner.does = does
+    found = tuner.choose(finalists=3)
+    return found.candidate.settings["alpha"] * found.candidate.strength, found.feasible
+
+
+def test_of_those_that_keep_the_bounds_the_one_that_answers_most(tiny: Tiny, tmp_path: Path) -> None:
+    assert chosen(tiny, tmp_path, {1.0: (0.6, 0.49), 2.0: (0.7, 0.5), 4.0: (0.9, 0.1)}, 1, 2, 4) == (2.0, True)
+
+
+def test_one_that_adds_false_refusals_does_not_stand_for_a_method_that_removes_some(tiny: Tiny, tmp_path: Path) -> None:
+    does = {1.0: (0.4, 0.6), 2.0: (0.6, 0.485), 0.5: (0.45, 0.55)}
+    assert chosen(tiny, tmp_path, does, 1, 2) == (2.0, False)
+
+
+def test_where_none_keeps_the_bounds_the_best_is_tried_at_half_its_strength(tiny: Tiny, tmp_path: Path) -> None:
+    assert chosen(tiny, tmp_path, {1.0: (0.7, 0.4), 2.0: (0.8, 0.1), 0.5: (0.6, 0.5)}, 1, 2) == (0.5, True)
+    rows = (tmp_path / "frontier.jsonl").read_text().splitlines()
+    assert len(rows) == 2 + 2 + 1 + 1
+    assert chosen(tiny, tmp_path, {}, 1, 2) == (0.5, True), "read again, nothing is measured"
+
+
+def test_a_baseline_that_changes_nothing_keeps_safety_and_a_landscape_must_do_more(tiny: Tiny, tmp_path: Path) -> None:
+    tuner = tuner_of(tiny, tmp_path, vectors(1.0), _BaselineTuner)
+    refused = np.array([one.label == "refusal" for one in tuner.plain], dtype=float)
+    assert tuner._trial({}, "verdicts", refused, refused).why_not == []
+    assert tuner.shared._trial({}, "verdicts", refused, refused).why_not == ["harmful refusals, weighted, may fall"]
+    lost = refused.copy()
+    lost[tuner.harmful] = 0.0
+    assert tuner._trial({}, "verdicts", lost, refused).why_not
