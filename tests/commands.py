@@ -47,7 +47,7 @@ class CoinJudge:
         return None
 
 
-def elsteer(*args: str | Path, input: str | None = None) -> Result:
+def elsteer(*args: str | Path, input: str | bytes | None = None) -> Result:
     """The command, run in this process with `CoinJudge` as a further judge."""
     JUDGES["coin"] = CoinJudge
     try:

@@ -229,6 +229,15 @@ def test_two_at_once_on_one_folder(here: Path) -> None:
 def test_a_file_where_the_run_folder_should_be(here: Path) -> None:
     said = one_sentence(elsteer("fit", *_both(here), "--run-dir", here / "benign.txt", *FAST))
     assert "is a file: give a folder for the run" in said
+    compare = ["compare", here / "model", "--run-dir", here / "run", "--suite", here / "mine.jsonl", "--methods", "els"]
+    said = one_sentence(elsteer(*compare, "--out", here / "benign.txt"))
+    assert "is a file: give a folder for the run" in said
+
+
+@pytest.mark.parametrize("command", ["evaluate", "compare", "capability"])
+def test_a_negative_seed(here: Path, command: str) -> None:
+    where = here / "run" / "landscape" if command != "compare" else here / "model"
+    assert "--seed" in one_sentence(elsteer(command, where, "--seed", "-1"))
 
 
 @pytest.fixture

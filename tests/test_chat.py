@@ -112,6 +112,12 @@ def test_a_pipe_is_a_conversation(here: Path) -> None:
     assert "Strength 1; /help lists the commands." in result.stderr
 
 
+def test_bytes_that_are_no_text_end_nothing(here: Path) -> None:
+    result = elsteer("chat", here / "landscape", "--max-new-tokens", "4", input=b"caf\xe9?\nHello\n")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.count("plain: ") == 2
+
+
 def test_an_overlong_line_is_said_and_the_chat_goes_on(here: Path) -> None:
     result = elsteer("chat", here / "landscape", "--max-new-tokens", "4", input="x" * 5000 + "\nHello\n")
     assert result.exit_code == 0, result.stderr

@@ -7,6 +7,7 @@ same time and cost one generation. Each side keeps its own history.
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -151,6 +152,8 @@ def converse(chat: Chat, strength: float, console: Console) -> None:
 
 def _lines(console: Console, live: bool) -> Iterator[str]:
     if not live:
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(encoding="utf-8", errors="replace")
         for line in sys.stdin:
             console.print(f"you: {line.strip()}", soft_wrap=True)
             yield line.strip()

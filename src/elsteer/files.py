@@ -38,7 +38,7 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
         os.close(handle)
         temporary = Path(name)
         write(temporary)
-        with temporary.open("rb") as written:
+        with temporary.open("rb+") as written:  # Windows syncs what may be written alone
             os.fsync(written.fileno())
         temporary.chmod(0o644)
         temporary.replace(path)

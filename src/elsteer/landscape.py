@@ -150,7 +150,9 @@ class Landscape:
     @property
     def asked_with(self) -> dict[str, Any]:
         """The settings that its prompts were asked with (`system`, `thinking` and others); empty where they are not told."""
-        return dict((self.provenance.get("settings") or {}).get("collect") or {})
+        settings = self.provenance.get("settings")
+        found = settings.get("collect") if isinstance(settings, dict) else None
+        return dict(found) if isinstance(found, dict) else {}
 
     def digest(self) -> str:
         """SHA-256 of the tensors and guards of the rule's layers: the same in every process and on every machine."""

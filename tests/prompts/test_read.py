@@ -112,6 +112,7 @@ def test_other_column_names_can_be_given(write: Write) -> None:
         ("p.jsonl", "", "p.jsonl is empty"),
         ("p.jsonl", " \n\n", "p.jsonl is empty"),
         ("p.csv", "prompt,harmful\n", "holds no rows"),
+        ("p.csv", "\ufeff", "p.csv"),
         ("p.json", "[]", "holds no rows"),
         ("p.parquet", _parquet([{"prompt": "x", "harmful": True}])[:-9], "not a whole Parquet file"),
         ("p.xlsx", "x", "unknown kind of file name; use one that ends in .jsonl"),

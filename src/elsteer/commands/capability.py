@@ -35,7 +35,9 @@ _TASKS = ("mmlu", "arc", "truthfulqa", "facts", "kl")
 @click.option("--data-dir", type=FILE, help="Folder that holds the benchmarks. [default: $ELSTEER_DATA, else the hub]")
 @click.option("--limit", type=click.IntRange(min=1), help="Questions of each task at most, drawn by seed.")
 @click.option("--neutral", metavar="FILE", help="Prompts of the task kl. [default: plain starter prompts]")
-@click.option("--seed", default=0, show_default=True, help="Seed of the draw and of the intervals.")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the draw and of the intervals."
+)
 @click.option("--strength", type=float, help="Scales the steps. [default: the landscape's]")
 @click.option("--model", help="Hub id, folder or GGUF file. [default: the model it was fitted to]")
 @click.option("--out", type=FILE, help="Folder for all files. [default: the landscape's run folder]")

@@ -53,7 +53,7 @@ def chat(
     llm, tokenizer = load_for(found, model, **loading)
     from elsteer.chat import Chat, converse
 
-    collect = found.provenance.get("settings", {}).get("collect", {})
+    collect = found.asked_with
     talk = Chat(llm, tokenizer, found, system or collect.get("system"), collect.get("thinking"), max_new_tokens)
     value = found.rule.strength if strength is None else strength
     note(f"Strength {value:g}; /help lists the commands.")

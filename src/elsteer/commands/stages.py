@@ -163,7 +163,9 @@ def fit(
 )
 @click.option("--data-dir", type=FILE, help="Folder that holds the benchmarks. [default: $ELSTEER_DATA, else the hub]")
 @click.option("--limit", type=click.IntRange(min=1), help="Prompts of each suite at most, drawn by seed.")
-@click.option("--seed", default=0, show_default=True, help="Seed of the draw and of the intervals.")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the draw and of the intervals."
+)
 @click.option(
     "--method", "methods", multiple=True, metavar="NAME", help="A control besides, such as random; may be repeated."
 )

@@ -121,7 +121,6 @@ def compare(
     }
     work.start()
     folder = Path(out) if out is not None else work.run / "compare"
-    folder.mkdir(parents=True, exist_ok=True)
     with RunFolder(folder).owned():
         chosen = {name: work.choose(name, folder, budget, finalists) for name in names}
         labels = work.measure(prompts, chosen, strengths, folder)

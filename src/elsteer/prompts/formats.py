@@ -104,7 +104,7 @@ def _table_rows(path: Path, text: str, delimiter: str) -> Iterator[PlacedRow]:
     before = csv.field_size_limit(max(len(text) + 1, csv.field_size_limit()))
     try:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-        header = [name.strip() for name in next(reader)]
+        header = [name.strip() for name in next(reader, [])]
         doubled = {name for name in header if name and header.count(name) > 1}
         if doubled:
             raise PromptError(f"{path} has two columns named {sorted(doubled)[0]!r}: rename one of them.")
