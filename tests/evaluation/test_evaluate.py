@@ -15,6 +15,7 @@ from elsteer.evaluation.evaluate import Evaluation, evaluate
 from elsteer.judges import JUDGES, Verdict
 from elsteer.landscape import Landscape
 from elsteer.models import encode_chat
+from elsteer.prompts import Prompt
 from elsteer.run import RunFolder
 from landscapes import tiny_landscape
 from pipelines import Killed, LetterJudge, Tiny, dies_at, forward_passes, lines, some_prompts, speaker
@@ -108,6 +109,21 @@ def test_the_answers_are_those_of_generate(tiny: Tiny, landscape: Landscape, sui
             assert (
                 tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True).strip() == after[prompt.id]["text"]
             )
+
+
+def test_prompts_that_were_fitted_or_tuned_on_are_told(
+    tiny: Tiny, landscape: Landscape, suite: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    known = [{**PROMPTS[0].to_row(), "split": "train"}, {**PROMPTS[1].to_row(), "split": "dev"}]
+    other = {**Prompt.of("Name a river.", harmful=False).to_row(), "split": "dev"}
+    (run / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*known, other]))
+    found = evaluated(tiny, [landscape], [suite], run, quality=False)
+    words = "2 of the prompts were fitted or tuned on, so these figures say little of others."
+    assert found.sentence.endswith(words)
+    assert words in found.report.read_text(encoding="utf-8")
+    assert words not in evaluated(tiny, [landscape], [suite], tmp_path / "other", quality=False).sentence
 
 
 def test_tables_count_the_rows(tiny: Tiny, landscape: Landscape, suite: Path, tmp_path: Path) -> None:

@@ -64,7 +64,8 @@ class Evaluation:
 
     rows: as in `elsteer.evaluation.tables`; tables: method to its tables ("total", "suite", "source", "category").
     answers: method to prompt id to full-length answer; quality: of each method. seconds: by stage. report: report.html.
-    judge_accuracy: what the corrected rates rest on, the first. harm: by method, where it was asked for.
+    judge_accuracy: what the corrected rates rest on, the first. harm: by method, where it was asked for. seen: prompts that the
+    fit in the same run folder was fitted or tuned on.
     """
 
     rows: list[dict[str, Any]]
@@ -77,6 +78,7 @@ class Evaluation:
     answers: dict[str, dict[str, Answer]] = field(default_factory=dict)
     judge_accuracy: list[JudgeAccuracy] = field(default_factory=list)
     harm: dict[str, Harm] = field(default_factory=dict)
+    seen: int = 0
 
     @property
     def method(self) -> str:
@@ -96,7 +98,7 @@ class Evaluation:
     def sentence(self) -> str:
         """The verdict in plain words."""
         tables = self.comparisons()
-        return verdict_sentence(tables["total"], tables["suite"])
+        return " ".join([verdict_sentence(tables["total"], tables["suite"]), *_seen_words(self.seen)])
 
 
 def evaluate(
@@ -352,6 +354,13 @@ class _Work:
             found |= {(suite, row["prompt_id"]): known[row["prompt_id"]] for row in rows}
         return found
 
+    def _seen(self) -> int:
+        """How many of the prompts the fit in this run folder, if there is one, was fitted or tuned on."""
+        path = self.run / "prompts.jsonl"
+        rows = read_jsonl(path) if path.exists() else []
+        fitted = {Prompt.from_row({name: row[name] for name in row if name != "split"}).text for row in rows}
+        return len({row["prompt"] for row in self.rows} & fitted)
+
     def report(
         self,
         landscapes: dict[str, Landscape],
@@ -363,6 +372,7 @@ class _Work:
         suites: list[str],
         frontier_png: bytes | None,
     ) -> Evaluation:
+        seen = self._seen()
         corrects = accuracy[0] if accuracy else None
         tables = {name: compare_all(self.rows, name, judge=corrects, seed=self.seed) for name in landscapes}
         main = next(iter(landscapes))
@@ -392,6 +402,7 @@ class _Work:
                 frontier_png=frontier_png,
                 landscape_pngs=pictures,
                 examples=examples,
+                warnings=_seen_words(seen),
                 timings=self.seconds,
                 provenance={
                     "dtype": str(self.model.dtype),
@@ -418,6 +429,7 @@ class _Work:
             self.answers,
             accuracy,
             harms,
+            seen,
         )
 
     def _examples(self, method: str) -> list[Example]:
@@ -482,6 +494,10 @@ def _last_states(caches: PromptCaches, places: Sequence[int], layer: int) -> Ten
         assert state is not None
         found.update(zip(batch.rows, state.cpu(), strict=True))
     return torch.stack([found[place] for place in places])
+
+
+def _seen_words(seen: int) -> list[str]:
+    return [f"{seen} of the prompts were fitted or tuned on, so these figures say little of others."] if seen else []
 
 
 def _quality_words(measured: tuple[Quality, Interval] | None) -> dict[str, str]:
