@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from elsteer.steering.methods.baseline import Candidate
 from elsteer.steering.methods.caa import AddVector
 from elsteer.tuning import Trial, Tuner
 from landscapes import tiny_landscape
-from pipelines import LetterJudge, Tiny, some_prompts, speaker
+from pipelines import LetterJudge, Tiny, forward_passes, some_prompts, speaker
 
 DEV = some_prompts(40)
 SETTINGS = TuningSettings(safety_margin=-0.01, worst_source=-0.02)
@@ -92,3 +93,26 @@ def test_a_baseline_that_changes_nothing_keeps_safety_and_a_landscape_must_do_mo
     lost = refused.copy()
     lost[tuner.harmful] = 0.0
     assert tuner._trial({}, "verdicts", lost, refused).why_not
+
+
+def test_settings_that_differ_in_the_window_alone_share_their_first_tokens(tiny: Tiny, tmp_path: Path) -> None:
+    moves = {1: AddVector(torch.ones(32))}
+    candidates = [
+        Candidate("caa", {"alpha": alpha, "window": window}, moves, window, strength=alpha)
+        for alpha in (1.0, 2.0)
+        for window in (0, 3)
+    ]
+    tuner = tuner_of(tiny, tmp_path, candidates, _BaselineTuner)
+    rules = [json.loads(key) for key in tuner.candidates]
+    tuner._take_over()
+    counts = []
+    for rule in rules:
+        with forward_passes(tiny[0]) as rows:
+            tuner._screen([rule])
+        counts.append(rows.count(len(DEV)))
+    assert counts[1] < counts[0]
+    assert counts[3] < counts[2]
+    assert len(tuner.firsts) == 2
+    (tmp_path / "alone").mkdir()
+    alone = tuner_of(tiny, tmp_path / "alone", candidates[1:2], _BaselineTuner)
+    assert [one.to_row() for one in alone._screen([rules[1]])] == [one.to_row() for one in tuner._screen([rules[1]])]

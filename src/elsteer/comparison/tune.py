@@ -91,6 +91,8 @@ class _BaselineTuner(Tuner):
         self.path, self.with_system, self.made = path, with_system, made
         self.trials = {row["key"]: Trial.from_row(row["trial"]) for row in read_jsonl(path)}
         self.own: dict[str, tuple[PromptCaches, PromptCaches]] = {}
+        self.firsts: dict[str, list[int]] = {}  # first tokens by candidate, the window aside, which comes after them
+        self.screening = ""
 
     def landscape(self, rule: dict[str, Any]) -> Any:
         """The candidate of these settings."""
@@ -137,8 +139,16 @@ class _BaselineTuner(Tuner):
         self.__dict__.update({name: self.shared.__dict__[name] for name in _UNSTEERED})
 
     def _screened(self, rule: dict[str, Any]) -> Trial:
+        self.screening = json.dumps({name: rule[name] for name in rule if name != "window"}, sort_keys=True)
         with _Caches(self, rule):
             return super()._screened(rule)
+
+    def _first(self, steering: Any, progress: Callable[[int, int], None] | None = None) -> list[int]:
+        if steering is None:
+            return super()._first(steering, progress)
+        if self.screening not in self.firsts:
+            self.firsts[self.screening] = super()._first(steering, progress)
+        return self.firsts[self.screening]
 
     def _judged(self, rule: dict[str, Any]) -> Trial:
         with _Caches(self, rule):
