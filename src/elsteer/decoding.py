@@ -186,8 +186,9 @@ def decode(
             if not keep or step == max_new_tokens - 1:
                 break
             if len(keep) < len(alive):
-                index = torch.tensor(keep, device=mask.device)
-                cache.batch_select_indices(index.cpu())  # whose layers may lie on several devices
+                index = torch.tensor(keep)
+                cache.batch_select_indices(index)  # on the CPU: its layers may lie on several devices
+                index = index.to(mask.device)
                 mask, lengths, chosen = mask[index], lengths[index], chosen[index]
                 alive = [alive[at] for at in keep]
             mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
@@ -197,11 +198,12 @@ def decode(
 
 
 def rows_of(batch: PromptBatch, chosen: Sequence[int]) -> PromptBatch:
-    """The batch of these rows alone, with a cache of its own."""
-    index = torch.tensor(list(chosen), device=batch.mask.device)
+    """The batch of these rows alone, each as often as it is named, with a cache of its own."""
+    index = torch.tensor(list(chosen))
     cache = clone(batch.cache)
     if cache is not None:
-        cache.batch_select_indices(index.cpu())
+        cache.batch_select_indices(index)
+    index = index.to(batch.mask.device)
     return PromptBatch([batch.rows[at] for at in chosen], batch.mask[index], batch.last[index], cache)
 
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from elsteer.completions import PromptCaches, end_ids
-from elsteer.decoding import PromptBatch, clone, decode, score
+from elsteer.decoding import PromptBatch, decode, rows_of, score
 from elsteer.errors import ModelError, PromptError, SteeringError
 from elsteer.evaluation.capability_data import BENCHMARKS, LETTERS, Choices, Fact, load_choices, load_facts
 from elsteer.evaluation.figures import Figure, machine, write_figures
@@ -458,7 +458,7 @@ def _by_likelihood(
     each = [i for i, row in enumerate(answers) for _ in row]
     flat = [ids for row in answers for ids in row]
     values = []
-    for ids, logits in zip(flat, score(model, _repeated(batch, each), flat, steering=steering), strict=True):
+    for ids, logits in zip(flat, score(model, rows_of(batch, each), flat, steering=steering), strict=True):
         chosen = torch.tensor(ids, device=logits.device)[:, None]
         values.append(float(logits.log_softmax(dim=-1).gather(1, chosen).sum()))
     _check_numbers(not any(map(math.isnan, values)), steering)
@@ -475,15 +475,6 @@ def _check_numbers(right: bool, steering: Steering | None) -> None:
     if not right:
         side, why = ("plain", "its dtype is too small.") if steering is None else ("steered", _TOO_FAR)
         raise SteeringError(f"The {side} model gives likelihoods that are no numbers: {why}")
-
-
-def _repeated(batch: PromptBatch, rows: Sequence[int]) -> PromptBatch:
-    """The batch's `rows`, each as often as it is named."""
-    index = torch.tensor(rows, device=batch.mask.device)
-    cache = clone(batch.cache)
-    if cache is not None:
-        cache.batch_select_indices(index.cpu())
-    return PromptBatch([batch.rows[i] for i in rows], batch.mask[index], batch.last[index], cache)
 
 
 def _summarise_facts(found: Capability, rows: Sequence[Row]) -> None:

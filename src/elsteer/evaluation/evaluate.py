@@ -358,7 +358,7 @@ class _Work:
         """How many of the prompts the fit in this run folder, if there is one, was fitted or tuned on."""
         path = self.run / "prompts.jsonl"
         rows = read_jsonl(path) if path.exists() else []
-        fitted = {Prompt.from_row({name: row[name] for name in row if name != "split"}).text for row in rows}
+        fitted = {row["messages"][-1]["content"] for row in rows}
         return len({row["prompt"] for row in self.rows} & fitted)
 
     def report(

@@ -29,7 +29,7 @@ from http.client import HTTPException
 from typing import Any
 
 from elsteer.errors import JudgeError
-from elsteer.judges.degenerate import degeneration, repeats
+from elsteer.judges.degenerate import no_answer
 from elsteer.judges.verdict import Label, Verdict
 
 __all__ = ["ApiJudge", "Usage"]
@@ -120,7 +120,7 @@ class ApiJudge:
     def judge(self, prompt: str, completion: str) -> Verdict:
         """The verdict on a whole completion. Raises JudgeError where the service does not answer."""
         text = completion.strip()
-        if broken := degeneration(text) or repeats(prompt, text):
+        if broken := no_answer(prompt, text):
             return Verdict("unscored", 0.5, broken)
         said = self._ask(_RUBRIC.format(prompt=prompt, completion=text))
         found = _CLASS.match(said.strip())
@@ -140,7 +140,7 @@ class ApiJudge:
     def harm(self, prompt: str, completion: str) -> float | None:
         """How much a harmful request was served, 0 to 1; None for an answer that degenerates, or where the service's words
         cannot be read."""
-        if degeneration(completion.strip()) or repeats(prompt, completion):
+        if no_answer(prompt, completion):
             return None
         found = _THREE.match(self._ask(_HARM.format(prompt=prompt, completion=completion)).strip())
         if found is None:

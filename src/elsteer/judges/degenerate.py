@@ -8,7 +8,7 @@ from collections import Counter
 from difflib import SequenceMatcher
 from itertools import pairwise
 
-__all__ = ["degeneration", "repeats"]
+__all__ = ["degeneration", "no_answer", "repeats"]
 
 _CODE = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
 _WORD = re.compile(r"\w+")
@@ -27,6 +27,11 @@ _LIST_LINES = 8
 _ECHO_WORDS = 4
 _ECHO_SHARE = 0.8
 _YES_OR_NO = frozenset({"yes", "no"})
+
+
+def no_answer(prompt: str, text: str) -> str | None:
+    """Why `text` is no answer to `prompt`: it degenerates, or says nothing but the question again; None where it may be one."""
+    return degeneration(text) or repeats(prompt, text)
 
 
 def degeneration(text: str) -> str | None:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from elsteer.errors import JudgeError
-from elsteer.judges.degenerate import degeneration, repeats
+from elsteer.judges.degenerate import no_answer
 from elsteer.judges.rules import RulesJudge
 from elsteer.judges.verdict import Verdict
 
@@ -128,7 +128,7 @@ class LocalJudge:
         """`judge` of many, `batch_size` at a time, in their order."""
         if self._family.refusal is None:
             return [self._rules.judge(*pair) for pair in zip(prompts, completions, strict=True)]
-        broken = _broken(prompts, completions)
+        broken = [no_answer(*pair) for pair in zip(prompts, completions, strict=True)]
         asked = [at for at, why in enumerate(broken) if not why]
         said = dict(
             zip(asked, self._ask([prompts[at] for at in asked], [completions[at] for at in asked]), strict=True)
@@ -149,7 +149,7 @@ class LocalJudge:
     def harms(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float | None]:
         """1 for a harmful answer, 0 for one that is not; None for one that degenerates, or where the guard's word cannot be
         read."""
-        asked = [at for at, why in enumerate(_broken(prompts, completions)) if not why]
+        asked = [at for at, pair in enumerate(zip(prompts, completions, strict=True)) if not no_answer(*pair)]
         harms: list[float | None] = [None] * len(prompts)
         for at, said in zip(
             asked, self._ask([prompts[at] for at in asked], [completions[at] for at in asked]), strict=True
@@ -179,10 +179,3 @@ class LocalJudge:
             fresh = out[:, batch["input_ids"].shape[1] :]
             found += self._tokenizer.batch_decode(fresh, skip_special_tokens=True)
         return found
-
-
-def _broken(prompts: Sequence[str], completions: Sequence[str]) -> list[str | None]:
-    """Of each answer, how it degenerates."""
-    return [
-        degeneration(text.strip()) or repeats(prompt, text) for prompt, text in zip(prompts, completions, strict=True)
-    ]
