@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import NormalDist
@@ -38,7 +38,7 @@ from elsteer.prompts import under_attack
 from elsteer.run import key_of, of_stage, without_nan
 from elsteer.settings import TuningSettings
 
-__all__ = ["Trial", "Tuner", "bands"]
+__all__ = ["ABOVE_KL", "Trial", "Tuner", "bands", "rates"]
 
 Progress = Callable[[str, int, int], None]
 ABOVE_KL = "KL above its bound"
@@ -244,9 +244,9 @@ class Tuner:
     def _worth(self, trial: Trial, beyond: Sequence[float] = (0.0, 0.0, 0.0, 0.0)) -> float:
         """Share of the false refusals removed, less six times what safety lacks; -inf where it cannot be told.
 
-        beyond: what is added to each of `_rates` before.
+        beyond: what is added to each of `rates` before.
         """
-        removed, refused, weighted, worst = (value + more for value, more in zip(_rates(trial), beyond, strict=True))
+        removed, refused, weighted, worst = (value + more for value, more in zip(rates(trial), beyond, strict=True))
         lost = max(0.0, trial.plain_refused + self.settings.safety_margin - refused)
         lost += max(0.0, self.settings.safety_weighted - weighted) + max(0.0, self.settings.worst_source - worst)
         value = removed - 6 * lost
@@ -273,21 +273,34 @@ class Tuner:
 
         What the verdicts showed beyond the screening, on average so far, is expected of the others too.
         """
-        rest = [trial for trial in self._promising(screened) if ABOVE_KL not in trial.why_not]
+        rest = self._open(self._promising(screened))
         found: list[Trial] = []
         beyond: list[list[float]] = []
-        per_band: Counter[tuple[float, ...]] = Counter()
+        groups: Counter[Hashable] = Counter()
         while rest and len(found) < self.settings.finalists:
             mean = [sum(column) / len(beyond) for column in zip(*beyond, strict=True)] or [0.0] * 4
             best = max(rest, key=lambda trial: self._worth(trial, mean))
             found.append(self._verdicts(best.rule))
-            gaps = [after - before for after, before in zip(_rates(found[-1]), _rates(best), strict=True)]
+            gaps = [after - before for after, before in zip(rates(found[-1]), rates(best), strict=True)]
             beyond += [gaps] if all(map(math.isfinite, gaps)) else []
-            band = _band(best)
-            per_band[band] += 1
-            full = per_band[band] >= max(2, self.settings.finalists // 2)
-            rest = [trial for trial in rest if trial.rule != best.rule and not (full and _band(trial) == band)]
+            group = self._group(best.rule)
+            groups[group] += 1
+            full = groups[group] >= self._per_group()
+            rest = [
+                trial for trial in rest if trial.rule != best.rule and not (full and self._group(trial.rule) == group)
+            ]
         return found
+
+    def _open(self, screened: list[Trial]) -> list[Trial]:
+        """Those that may be finalists."""
+        return [trial for trial in screened if ABOVE_KL not in trial.why_not]
+
+    def _group(self, rule: dict[str, Any]) -> Hashable:
+        """Of the rules of one group, `_per_group` may be finalists: those of one band of one energy."""
+        return (rule["benign_weight"], *rule["layers"])
+
+    def _per_group(self) -> int:
+        return max(2, self.settings.finalists // 2)
 
     def _safer(self, judged: list[Trial]) -> list[Trial]:
         """Where no finalist keeps safety: whole verdicts of others, the safest by the screening first, until one does."""
@@ -521,13 +534,9 @@ class Tuner:
         return found
 
 
-def _rates(trial: Trial) -> tuple[float, float, float, float]:
+def rates(trial: Trial) -> tuple[float, float, float, float]:
     """What decides how good a setting is: shares removed and refused, and the weighted changes in all and on the worst source."""
     return trial.removed, trial.refused_harmful, trial.weighted, trial.worst_source
-
-
-def _band(trial: Trial) -> tuple[float, ...]:
-    return (trial.rule["benign_weight"], *trial.rule["layers"])
 
 
 def _order(trial: Trial) -> tuple[float, float]:

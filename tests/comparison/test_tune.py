@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from elsteer.comparison.tune import _BaselineTuner
+from elsteer.comparison.tune import _BaselineTuner, _key
 from elsteer.completions import Completion, PromptCaches, complete
 from elsteer.landscape import Landscape
 from elsteer.prompts import Prompt
@@ -37,7 +37,7 @@ def tuner_of(tiny: Tiny, path: Path, candidates: list[Candidate], kind: type[_Ba
     bases = {1.0: Landscape(small.rule, small.tensors, small.guards, small.fingerprint)}
     caches = PromptCaches(*tiny, DEV)
     shared = Tuner(bases, caches, plain, neutral, LetterJudge(), None, SETTINGS, path / "fit.jsonl")
-    return kind(shared, candidates, path / "frontier.jsonl", None, "")
+    return kind(shared, candidates, path / "frontier.jsonl", finalists=3)
 
 
 def vectors(*alphas: float) -> list[Candidate]:
@@ -45,7 +45,10 @@ def vectors(*alphas: float) -> list[Candidate]:
 
 
 class Scripted(_BaselineTuner):
-    """Measures nothing: by alpha times strength, what is answered of benign and refused of harmful prompts."""
+    """Measures nothing: by alpha times strength, what is answered of benign and refused of harmful prompts.
+
+    Between two of `does`, in proportion.
+    """
 
     does: dict[float, tuple[float, float]]
 
@@ -56,7 +59,8 @@ class Scripted(_BaselineTuner):
         return self._told(rule, "verdicts")
 
     def _told(self, rule: dict[str, Any], stage: str) -> Trial:
-        answered, refused = self.does[rule["alpha"] * rule["strength"]]
+        at, points = rule["alpha"] * rule["strength"], sorted(self.does)
+        answered, refused = (float(np.interp(at, points, [self.does[one][side] for one in points])) for side in (0, 1))
         why_not = ["margin"] if refused < 0.49 - 1e-9 else []
         return Trial(rule, stage, answered, refused, 0.5, 0.5, kl=0.0, why_not=why_not)
 
@@ -65,24 +69,59 @@ def chosen(tiny: Tiny, path: Path, does: dict[float, tuple[float, float]], *alph
     tuner = tuner_of(tiny, path, vectors(*alphas), Scripted)
     assert isinstance(tuner, Scripted)
     tuner.does = does
-    found = tuner.choose(finalists=3)
+    found = tuner.choose()
     return found.candidate.settings["alpha"] * found.candidate.strength, found.feasible
 
 
 def test_of_those_that_keep_the_bounds_the_one_that_answers_most(tiny: Tiny, tmp_path: Path) -> None:
-    assert chosen(tiny, tmp_path, {1.0: (0.6, 0.49), 2.0: (0.7, 0.5), 4.0: (0.9, 0.1)}, 1, 2, 4) == (2.0, True)
+    assert chosen(tiny, tmp_path, {1.0: (0.6, 0.49), 2.0: (0.7, 0.5), 2.5: (0.9, 0.1)}, 1, 2, 2.5) == (2.0, True)
 
 
 def test_one_that_adds_false_refusals_does_not_stand_for_a_method_that_removes_some(tiny: Tiny, tmp_path: Path) -> None:
-    does = {1.0: (0.4, 0.6), 2.0: (0.6, 0.485), 0.5: (0.45, 0.55)}
+    does = {0.5: (0.4, 0.6), 1.4: (0.4, 0.6), 2.0: (0.6, 0.485), 2.8: (0.6, 0.1)}
     assert chosen(tiny, tmp_path, does, 1, 2) == (2.0, False)
 
 
-def test_where_none_keeps_the_bounds_the_best_is_tried_at_half_its_strength(tiny: Tiny, tmp_path: Path) -> None:
-    assert chosen(tiny, tmp_path, {1.0: (0.7, 0.4), 2.0: (0.8, 0.1), 0.5: (0.6, 0.5)}, 1, 2) == (0.5, True)
+def test_the_best_is_tried_at_other_strengths_too(tiny: Tiny, tmp_path: Path) -> None:
+    """None keeps the bounds, and less of the best does; one keeps them, and more of it does, too."""
+    less = {0.5: (0.6, 0.5), 0.7: (0.65, 0.45), 1.0: (0.7, 0.4), 2.0: (0.8, 0.1)}
+    assert chosen(tiny, tmp_path, less, 1, 2) == (0.5, True)
     rows = (tmp_path / "frontier.jsonl").read_text().splitlines()
-    assert len(rows) == 2 + 2 + 1 + 1
-    assert chosen(tiny, tmp_path, {}, 1, 2) == (0.5, True), "read again, nothing is measured"
+    assert len(rows) == 2 + 2 + 3 + 1
+    assert chosen(tiny, tmp_path, {9.0: (0.0, 0.0)}, 1, 2) == (0.5, True), "read again, nothing is measured"
+    (tmp_path / "more").mkdir()
+    assert chosen(tiny, tmp_path / "more", {1.0: (0.6, 0.5), 1.4: (0.8, 0.5)}, 1) == (1.4, True)
+
+
+def test_settings_that_differ_in_the_window_alone_are_one_finalist(tiny: Tiny, tmp_path: Path) -> None:
+    """And the best of them is judged with both windows."""
+    moves = {1: AddVector(torch.ones(32))}
+    candidates = [
+        Candidate("caa", {"alpha": alpha, "window": window}, moves, window)
+        for alpha in (1.0, 2.0, 3.0)
+        for window in (0, 3)
+    ]
+    tuner = tuner_of(tiny, tmp_path, candidates, Scripted)
+    assert isinstance(tuner, Scripted)
+    tuner.does, tuner.settings = {1.0: (0.6, 0.5), 3.0: (0.8, 0.5)}, tuner.settings.model_copy(update={"finalists": 2})
+    found = tuner.choose()
+    judged = [
+        (one.rule["alpha"] * one.rule["strength"], one.rule["window"])
+        for one in found.trials
+        if one.stage == "verdicts"
+    ]
+    assert judged == [(3.0, 0), (2.0, 0), (3.0, 3), (pytest.approx(4.2), 0)]
+
+
+def test_a_system_prompt_may_change_how_everything_is_said(tiny: Tiny, tmp_path: Path) -> None:
+    """The KL bounds what moves states."""
+    asked, moved = Candidate("system-prompt", {"prompt": "short"}, system="Help."), vectors(1.0)[0]
+    tuner = tuner_of(tiny, tmp_path, [asked, moved], _BaselineTuner)
+    for candidate, expected in ((asked, []), (moved, ["KL above its bound"])):
+        rule = json.loads(_key(candidate))
+        first, whole = (Trial(rule, stage, 0.9, 0.5, 0.5, 0.5, kl=9.0) for stage in ("screening", "verdicts"))
+        tuner._bound_kl([first], [whole])
+        assert whole.why_not == expected
 
 
 def test_a_baseline_that_changes_nothing_keeps_safety_and_a_landscape_must_do_more(tiny: Tiny, tmp_path: Path) -> None:

@@ -167,11 +167,13 @@ def test_ablation_takes_the_direction_out() -> None:
     half = RemoveDirection(torch.tensor([0.6, 0.8]), 0.5)
     torch.testing.assert_close(half.delta(states[:1]), torch.tensor([[-1.5, -2.0]]))  # r . h = 5
     torch.testing.assert_close(half.delta(states, 2.0), RemoveDirection(torch.tensor([0.6, 0.8])).delta(states))
+    from_one = RemoveDirection(torch.tensor([0.0, 1.0]), origin=1.0)
+    torch.testing.assert_close(states + from_one.delta(states), torch.tensor([[3.0, 1.0], [1.0, 1.0]]))
 
 
-def test_the_refusal_direction_is_between_harmless_and_harmful() -> None:
+def test_the_refusal_direction_is_between_answered_harmless_and_refused_harmful() -> None:
     evidence = toy(
-        {"helpful": [[0, 0]], "false_refusal": [[0, 2]], "safe_refusal": [[3, 5], [3, 5]], "jailbreak": [[3, 5]]}
+        {"helpful": [[0, 1]], "false_refusal": [[9, 2]], "safe_refusal": [[3, 5], [3, 5]], "jailbreak": [[3, 9]]}
     )
     torch.testing.assert_close(refusal_direction(evidence, 0), torch.tensor([0.6, 0.8], dtype=torch.float64))
 
@@ -222,12 +224,55 @@ def test_the_condition_is_the_component_that_tells() -> None:
     """Topics vary most, along the second coordinate; harm is along the first, where the mean difference points too."""
     states = torch.tensor([[x + 0.1 * y, y] for x in (0.0, 2.0) for y in (-9.0, -3.0, 3.0, 9.0)])
     harmful = states[:, 0] - 0.1 * states[:, 1] > 1
-    for kind in ("principal", "mean"):
+    for kind in ("principal", "mean", "linear"):
         centre, way, threshold = condition(states, harmful, kind)
         assert float(way[0]) > 0.9
         move = ConditionalAdd(centre, way, threshold, torch.zeros(2), torch.ones(2))
         moved = move.delta(states)[:, 0] > 0
         assert kind == "mean" or torch.equal(moved, harmful)
+
+
+def test_fishers_discriminant() -> None:
+    """The covariances within the classes are diag(1, 4) each, and the means differ by (2, 2): S^-1 (2, 2) is along (4, 1)."""
+    noise = torch.tensor([[1.0, 2.0], [1.0, -2.0], [-1.0, 2.0], [-1.0, -2.0]])
+    states, harmful = torch.cat([noise + 2, noise]), torch.tensor([True] * 4 + [False] * 4)
+    way = condition(states, harmful, "linear")[1]
+    expected = torch.tensor(
+        [2 / (2 + 0.05), 2 / (8 + 0.05)], dtype=torch.float64
+    )  # the ridge: 1% of the mean of 2 and 8
+    torch.testing.assert_close(way, expected / expected.norm())
+
+
+def test_cast_calls_a_share_of_the_rightly_refused_benign() -> None:
+    evidence = synthetic(depth=1)
+    for candidate in get_baseline("cast").candidates(evidence):
+        share, move = candidate.settings["called_benign"], candidate.moves[0]
+        assert isinstance(move, ConditionalAdd)
+        called = move.similarity(evidence.states(0)[evidence.rows("safe_refusal")]) <= move.threshold
+        assert share is None or float(called.float().mean()) == pytest.approx(share, abs=1 / 40)
+
+
+def test_alphasteer_adds_its_two_maps_each_times_its_strength() -> None:
+    evidence = synthetic(depth=1)
+    found = {
+        (one.settings["answer"], one.settings["refuse"], one.settings["dropped"]): one.moves[0]
+        for one in get_baseline("alphasteer").candidates(evidence)
+    }
+    states = evidence.states(0)[:9]
+    # Of a shallow model the two bands are one.
+    answer, refuse, both = (found[at].delta(states) for at in ((4.0, 0.0, 0.6), (0.0, 2.0, 0.6), (4.0, 2.0, 0.6)))
+    close(answer + refuse, both, rtol=1e-4, atol=1e-4)
+    close(found[2.0, 0.0, 0.6].delta(states) * 2, answer, rtol=1e-4, atol=1e-4)
+
+
+def test_k_steering_goes_from_false_refusals_to_answers() -> None:
+    """Along the second coordinate, of refusing, and not along the first, of harm; the four labels at once say less of it."""
+    evidence = synthetic(each=200, depth=1)
+    falsely = evidence.states(0)[evidence.rows("false_refusal")]
+    found = [one for one in get_baseline("k-steering").candidates(evidence) if one.settings["alpha"] == 0.5]
+    along = {one.settings["labels"]: one.moves[0].delta(falsely).mean(dim=0) for one in found}
+    assert along["answer"][1] < -1
+    assert along["answer"][1] < 3 * along["answer"][0].abs().neg()
 
 
 def test_alphasteer_reads_in_the_null_space() -> None:
@@ -237,7 +282,7 @@ def test_alphasteer_reads_in_the_null_space() -> None:
     close(read, torch.tensor([0.0, 0.5], dtype=torch.float64))
     damped = null_space_reader(kept, moved, dropped=0.5, ridge=0.25)
     close(damped, torch.tensor([0.0, 2 / (4 + 0.25 * 4)], dtype=torch.float64))
-    move = NullSpaceMap(read[None], torch.tensor([[1.0, -1.0]]), 3.0)
+    move = NullSpaceMap(read[None], torch.tensor([[3.0, -3.0]]))
     close(move.delta(moved), torch.tensor([[3.0, -3.0]]).expand(2, 2))
     assert move.delta(kept).abs().max() < 1e-5
 
@@ -424,14 +469,14 @@ def test_what_cannot_be_learned_is_one_sentence(name: str) -> None:
         get_baseline(name).candidates(toy({"helpful": [[1.0, 2.0], [3.0, 1.0]]}))
 
 
-def test_system_prompts_are_three_and_ask_for_both() -> None:
+def test_system_prompts_are_six_and_ask_for_both() -> None:
     found = get_baseline("system-prompt").candidates(synthetic())
-    assert len({one.system for one in found}) == 3
+    assert len({one.system for one in found}) == 6
     for one in found:
         assert one.system is not None
         assert not one.moves
-        assert "harmless" in one.system
-        assert "efuse" in one.system or "decline" in one.system
+        assert "harmless" in one.system or "directly and completely" in one.system
+        assert any(word in one.system for word in ("efuse", "decline", "can't help"))
 
 
 def _by_autograd(energy: object, states: Tensor, length: float, steps: int) -> Tensor:

@@ -275,7 +275,7 @@ class _Work:
                 self._made(name),
                 self.tuning.measuring(),
                 [one.id for one in (*self.dev, *self.neutral)],
-                "weighted and an error",
+                "strengths around the best",
             ),
         )
         candidate: Candidate = tuned.candidate
@@ -299,7 +299,7 @@ class _Work:
                 mine = caches if one.system is None else self.caches(rows, one.system)
                 for strength in wanted if one.system is None else [1.0]:
                     found[suite, name, strength] = self._answer(
-                        suite, name, strength, one.settings, mine, one.at(strength), folder
+                        suite, name, strength, _asked(one), mine, one.at(strength), folder
                     )
         return found
 
@@ -347,7 +347,15 @@ class _Work:
             return key_of(self.landscape.digest(), self.evidence.digest())
         if name in ("els", *CONTROLS):
             return self.landscape.digest()
-        return self.evidence.digest() if BASELINES[name].learns else ""
+        if not BASELINES[name].learns:
+            return ""
+        version = BASELINES[name].version
+        return self.evidence.digest() + (f" {version}" if version > 1 else "")
+
+
+def _asked(one: _Chosen) -> dict[str, Any]:
+    """What makes a method's answers: its settings, and the text of its system prompt."""
+    return one.settings if one.system is None else {**one.settings, "system": one.system}
 
 
 def part_of(suite: str, harmful: bool, both: bool) -> str:

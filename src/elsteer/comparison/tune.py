@@ -1,21 +1,23 @@
 """Tuning of a baseline: the fit's own tuner, dev rows and constraints, over the candidates of the method.
 
     screening   at most `budget` candidates, by their first tokens and the KL on neutral prompts
-    verdicts    whole answers of the `finalists` best of these
+    verdicts    whole answers of the `finalists` best of these, settings that differ in the window alone once
+    window      the best of these with its other windows
+    strength    the best at 0.5, 0.7 and 1.4 times its strength, screened, and verdicts of the best of those three
     chosen      of those that keep safety and the KL bound, the one that answers most benign prompts
 
 A landscape of ours must gain refusals, and surely not lose them once they are weighted. A baseline need only keep them: it may
-lose a point, and weighted as much as an error explains. Where none keeps the bounds, the one with the best worth (share
-removed, less six times what safety lacks) is tried at half its strength too, as a landscape is tried with a shorter step. Where
-none keeps them and removes anything, the best worth stands for the method, and `Tuned.feasible` says whether it keeps the
-bounds. Every trial is a row of a JSONL file, so a killed run goes on where it was.
+lose a point, and weighted as much as an error explains. Perplexity and degenerate answers are not asked of it, nor, where it is a
+system prompt, the KL. Worth is the share removed less six times what safety lacks. Where none keeps the bounds and removes
+anything, the best worth stands for the method, and `Tuned.feasible` says whether it keeps the bounds. Every trial is a row of
+a JSONL file, so a killed run goes on where it was.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,11 +31,12 @@ from elsteer.evaluation.quality import kl_of_logits
 from elsteer.files import read_jsonl
 from elsteer.run import key_of
 from elsteer.steering.methods.baseline import Candidate
-from elsteer.tuning import Trial, Tuner
+from elsteer.tuning import ABOVE_KL, Trial, Tuner, rates
 
 __all__ = ["BUDGET", "FINALISTS", "Tuned", "tune_baseline"]
 
 BUDGET, FINALISTS = 24, 4
+STRENGTHS = (0.5, 0.7, 1.4)  # times that of the best finalist
 _UNSTEERED = ("_openers", "_plain_first", "_plain_answers", "_plain_neutral", "_plain_logits")
 Caches = Callable[[str], tuple[PromptCaches, PromptCaches]]
 
@@ -66,8 +69,7 @@ def tune_baseline(
     """
     if not candidates:
         raise RunError("This method has no candidate for this model.")
-    tuner = _BaselineTuner(shared, _spread(candidates, budget), path, with_system, made)
-    return tuner.choose(finalists)
+    return _BaselineTuner(shared, _spread(candidates, budget), path, with_system, made, finalists).choose()
 
 
 def _spread(candidates: Sequence[Candidate], budget: int) -> list[Candidate]:
@@ -83,10 +85,16 @@ class _BaselineTuner(Tuner):
     weighted_errors = 1.0
 
     def __init__(
-        self, shared: Tuner, candidates: Sequence[Candidate], path: Path, with_system: Caches | None, made: str
+        self,
+        shared: Tuner,
+        candidates: Sequence[Candidate],
+        path: Path,
+        with_system: Caches | None = None,
+        made: str = "",
+        finalists: int = FINALISTS,
     ) -> None:
         self.__dict__.update(copy.copy(shared).__dict__)
-        self.shared = shared
+        self.shared, self.settings = shared, shared.settings.model_copy(update={"finalists": finalists})
         self.candidates = {_key(one): one for one in candidates}
         self.path, self.with_system, self.made = path, with_system, made
         self.trials = {row["key"]: Trial.from_row(row["trial"]) for row in read_jsonl(path)}
@@ -98,19 +106,20 @@ class _BaselineTuner(Tuner):
         """The candidate of these settings."""
         return self.candidates[json.dumps(rule, sort_keys=True)]
 
-    def choose(self, finalists: int) -> Tuned:
+    def choose(self) -> Tuned:
         screened = self._screen([_rule(one) for one in self.candidates.values()])
-        judged = [self._verdicts(trial.rule) for trial in self._promising(screened)[:finalists]]
+        judged = self._finalists(screened)
+        judged += [self._verdicts(rule) for rule in self._around(judged)]
         self._bound_kl(screened, judged)
-        best = max(judged, key=self._worth)
-        candidate = self.landscape(best.rule)
-        if not any(trial.feasible for trial in judged) and candidate.moves and candidate.strength:
-            half = candidate.scaled(0.5)
-            self.candidates[_key(half)] = half
-            more = self._screen([_rule(half)])
-            again = [self._verdicts(_rule(half))]
-            self._bound_kl(more, again)
-            screened, judged = [*screened, *more], [*judged, *again]
+        best = self._ranked(judged)[0]
+        more = self._screen(self._strengths(best))
+        if more:
+            first = next(trial for trial in screened if trial.rule == best.rule)
+            beyond = [after - before for after, before in zip(rates(best), rates(first), strict=True)]
+            promising = max(more, key=lambda trial: (ABOVE_KL not in trial.why_not, self._worth(trial, beyond)))
+            judged.append(self._verdicts(promising.rule))
+            screened += more
+            self._bound_kl(screened, judged)
         kept = [trial for trial in judged if trial.feasible and trial.removed > 0]
         if kept:
             best = max(kept, key=lambda trial: (round(trial.answered_benign, 2), trial.refused_harmful))
@@ -118,13 +127,36 @@ class _BaselineTuner(Tuner):
             best = max(judged, key=self._worth)
         return Tuned(self.landscape(best.rule), best, best.feasible, [*screened, *judged])
 
+    def _open(self, screened: list[Trial]) -> list[Trial]:
+        return super()._open(screened) or screened  # one of them stands for the method
+
+    def _group(self, rule: dict[str, Any]) -> Hashable:
+        return json.dumps({name: rule[name] for name in rule if name != "window"}, sort_keys=True)
+
+    def _per_group(self) -> int:
+        return 1
+
+    def _around(self, judged: list[Trial]) -> list[dict[str, Any]]:
+        """The best setting with its other windows."""
+        best = self._ranked(judged)[0].rule
+        rules = [_rule(one) for one in self.candidates.values()]
+        return [rule for rule in rules if rule != best and self._group(rule) == self._group(best)]
+
+    def _strengths(self, trial: Trial) -> list[dict[str, Any]]:
+        candidate = self.landscape(trial.rule)
+        if not (candidate.moves and candidate.strength):
+            return []
+        scaled = [candidate.scaled(by) for by in STRENGTHS]
+        self.candidates |= {_key(one): one for one in scaled}
+        return [_rule(one) for one in scaled]
+
     def _bound_kl(self, screened: Sequence[Trial], judged: Sequence[Trial]) -> None:
         kl = {json.dumps(trial.rule, sort_keys=True): trial for trial in screened}
         for trial in judged:  # verdicts do not measure the KL again
-            first = kl[json.dumps(trial.rule, sort_keys=True)]
-            trial.kl = first.kl
-            if first.kl is not None and not first.kl <= self.settings.kl and "KL above its bound" not in trial.why_not:
-                trial.why_not.append("KL above its bound")
+            trial.kl = kl[json.dumps(trial.rule, sort_keys=True)].kl
+            if trial.kl is not None and not trial.kl <= self.settings.kl and ABOVE_KL not in trial.why_not:
+                trial.why_not.append(ABOVE_KL)
+            self._without_system(trial)
 
     def _tried(self, rule: dict[str, Any], stage: str, run: Callable[[dict[str, Any]], Trial]) -> Trial:
         stage = f"{stage} {self.made}" if self.made else stage
@@ -141,7 +173,13 @@ class _BaselineTuner(Tuner):
     def _screened(self, rule: dict[str, Any]) -> Trial:
         self.screening = json.dumps({name: rule[name] for name in rule if name != "window"}, sort_keys=True)
         with _Caches(self, rule):
-            return super()._screened(rule)
+            return self._without_system(super()._screened(rule))
+
+    def _without_system(self, trial: Trial) -> Trial:
+        """A system prompt may change how everything is said."""
+        if self.landscape(trial.rule).system is not None:
+            trial.why_not = [why for why in trial.why_not if why != ABOVE_KL]
+        return trial
 
     def _first(self, steering: Any, progress: Callable[[int, int], None] | None = None) -> list[int]:
         if steering is None:

@@ -56,7 +56,7 @@ class Baseline:
 
     name: as on the command line. title: its full name. citation: where the formula is from. candidates(evidence) gives the
     settings to tune over, at most about two dozen, ordered by strength within each layer choice. learns: whether they depend on
-    what is in the evidence.
+    what is in the evidence. version: raised where candidates of the same settings become others.
     """
 
     name: str
@@ -64,3 +64,4 @@ class Baseline:
     citation: str
     candidates: Callable[[Evidence], list[Candidate]]
     learns: bool = True
+    version: int = 1

@@ -21,7 +21,8 @@ from elsteer.steering.methods.layers import EVERY_TOKEN, bands, per_row, singles
 
 __all__ = ["CAA", "RANDOM_VECTOR", "AddVector"]
 
-ALPHAS = (0.25, 0.5, 1.0, 2.0)
+ALPHAS = (0.06, 0.12, 0.25, 0.5)
+WIDE_ALPHAS = (0.12, 0.25, 0.5, 1.0)
 
 
 class AddVector(nn.Module):
@@ -60,14 +61,14 @@ def _random(evidence: Evidence) -> list[Candidate]:
 
 def _choices(depth: int) -> list[tuple[tuple[int, ...], int]]:
     """(layers, window): two blocks alone and the widest band, at the prompt's last token and, as published, at every one."""
-    layers = [*singles(depth, (0.5, 0.6)), bands(depth)[-1]]
+    layers = [*singles(depth, (0.4, 0.5)), bands(depth)[-1]]
     return [(one, window) for window in (0, EVERY_TOKEN) for one in dict.fromkeys(layers)]  # a shallow model has few
 
 
 def _added(method: str, evidence: Evidence, directions: dict[int, Tensor]) -> list[Candidate]:
     found = []
     for layers, window in _choices(evidence.depth):
-        for alpha in ALPHAS:
+        for alpha in ALPHAS if len(layers) == 1 else WIDE_ALPHAS:
             share = alpha / len(layers)
             moves = {at: AddVector(share * evidence.means(at).spread * directions[at]) for at in layers}
             settings = {"layers": list(layers), "alpha": alpha, "window": window}

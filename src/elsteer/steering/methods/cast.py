@@ -9,27 +9,28 @@ Source: Lee et al. 2024, arXiv 2409.05907: c is the first principal component of
 pair's mean; theta is searched for the best F1 on training prompts. Where this differs: the principal components are those of
 all pairs of a harmful and a benign prompt at once (the expectation over a random pairing, in closed form), and `principal`
 takes the one of the first eight with the best F1, since where topics vary more than harm the first tells nothing; `mean` takes
-the difference of the means instead; the similarity is signed and of centred states, where the paper takes that of h and its
-projection on c, which has no sign; the condition is asked of each moved state in its own layer, where the paper asks it
-once, of the prompt at a layer of its choice; and the paper adds a refusal vector where the condition says harmful, where here
-compliance is added to what is not, and refusal is optional.
+the difference of the means instead, and `linear` Fisher's discriminant, the difference over the covariance within the classes;
+the similarity is signed and of centred states, where the paper takes that of h and its projection on c, which has no sign; the
+condition is asked of the prompt's last token in each steered layer, where the paper asks it once, of the mean of the prompt's
+tokens at a layer of its choice; the last token alone is moved; and the paper adds a refusal vector where the condition says
+harmful, where here compliance is added to what is not, and refusal is optional. Where benign prompts sound harmful, the best
+F1 is nearly that of calling all of them harmful: besides it, theta is tried at quantiles of the scores of rightly refused
+prompts, so that compliance is added to a tenth of them, say.
 """
 
 from __future__ import annotations
 
-from itertools import product
-
 import torch
 from torch import Tensor, nn
 
+from elsteer.errors import RunError
 from elsteer.steering.evidence import Evidence, OutcomeMeans
 from elsteer.steering.methods.baseline import Baseline, Candidate
-from elsteer.steering.methods.layers import EVERY_TOKEN, TINY, band, per_row, singles, unit
+from elsteer.steering.methods.layers import TINY, band, per_row, singles, unit
 
 __all__ = ["CAST", "ConditionalAdd", "best_threshold", "condition"]
 
-ALPHAS = (1.0, 2.0)
-COMPONENTS = 8
+COMPONENTS, RIDGE = 8, 0.01
 
 
 class ConditionalAdd(nn.Module):
@@ -62,14 +63,18 @@ class ConditionalAdd(nn.Module):
 def condition(states: Tensor, harmful: Tensor, kind: str = "principal") -> tuple[Tensor, Tensor, float]:
     """(m, c, theta) of states (n, d) and harmful (n,) bool; m and c are (d,) float64, c is of unit length, to the harmful.
 
-    kind: "principal" or "mean".
+    kind: "principal", "mean" or "linear".
     """
     parts = [states[mask].double() for mask in (harmful, ~harmful)]
     means = [part.mean(dim=0) for part in parts]
     apart, centre = means[0] - means[1], (means[0] + means[1]) / 2
     ways = unit(apart)[None]
+    spreads = [(part - mean).T @ (part - mean) / len(part) for part, mean in zip(parts, means, strict=True)]
+    if kind == "linear":
+        within = spreads[0] + spreads[1]
+        within += RIDGE * within.diagonal().mean().clamp_min(TINY) * torch.eye(len(within), dtype=torch.float64)
+        ways = unit(torch.linalg.solve(within, apart))[None]
     if kind == "principal":
-        spreads = [(part - mean).T @ (part - mean) / len(part) for part, mean in zip(parts, means, strict=True)]
         # Of x = (a - b) / 2 over all pairs, E[x x^T] = (cov(a) + cov(b) + apart apart^T) / 4.
         found = torch.linalg.eigh(spreads[0] + spreads[1] + torch.outer(apart, apart))[1]
         ways = found.flip(1)[:, :COMPONENTS].T
@@ -96,15 +101,27 @@ def best_threshold(scores: Tensor, positive: Tensor) -> tuple[float, float]:
 
 
 def _cast(evidence: Evidence) -> list[Candidate]:
-    wide = band(evidence.depth, 0.4, 0.8)
-    choices = list(dict.fromkeys([(singles(evidence.depth, (0.6,))[0], 0), (wide, 0), (wide, EVERY_TOKEN)]))
-    fitted = {at: _Fitted(evidence, at) for at in sorted({layer for layers, _ in choices for layer in layers})}
-    refuses = (False, True) if evidence.rows("jailbreak").any() else (False,)
+    wide, single = band(evidence.depth, 0.4, 0.8), singles(evidence.depth, (0.5,))[0]
+    shares = (0.05, 0.1, 0.2, 0.3)
+    # layers, condition, share of the rightly refused that is called benign (None: the best F1), alpha, alpha of refusal
+    plan: list[tuple[tuple[int, ...], str, float | None, float, float]] = [
+        *((wide, "linear", share, 2.0, 0.0) for share in (None, *shares)),
+        *((wide, "mean", share, 2.0, 0.0) for share in (None, *shares)),
+        *((wide, "principal", share, 2.0, 0.0) for share in (None, *shares)),
+        *((wide, "linear", share, 1.0, 0.0) for share in shares[1:]),
+        *((wide, "linear", share, 4.0, 0.0) for share in shares[:2]),
+        *((single, "linear", share, 1.0, 0.0) for share in shares[1:3]),
+    ]
+    if evidence.rows("jailbreak").any():
+        plan += [(wide, "linear", share, 2.0, 0.25) for share in shares[1:3]]
+    plan = list(dict.fromkeys(plan))
+    fitted = {at: _Fitted(evidence, at) for at in sorted({layer for layers, *_ in plan for layer in layers})}
     found = []
-    for (layers, window), kind, refuse, alpha in product(choices, ("principal", "mean"), refuses, ALPHAS):
-        moves = {at: fitted[at].move(kind, alpha / len(layers), refuse) for at in layers}
-        settings = {"layers": list(layers), "condition": kind, "refuse": refuse, "alpha": alpha, "window": window}
-        found.append(Candidate("cast", settings, moves, window))
+    for layers, kind, share, alpha, refuse in plan:
+        moves = {at: fitted[at].move(kind, share, alpha / len(layers), refuse / len(layers)) for at in layers}
+        settings = {"layers": list(layers), "condition": kind, "called_benign": share, "alpha": alpha}
+        settings |= {"refuse": refuse, "window": 0}
+        found.append(Candidate("cast", settings, moves, 0))
     return found
 
 
@@ -116,15 +133,23 @@ class _Fitted:
         self.comply = unit(self.means.of("helpful") - self.means.of("false_refusal"))
         self.means.of("safe_refusal", "jailbreak")  # a condition takes harmful prompts
         states = evidence.states(layer)
-        self.conditions = {kind: condition(states, evidence.harmful, kind) for kind in ("principal", "mean")}
+        self.conditions, self.scores = {}, {}
+        refused = states[evidence.rows("safe_refusal")].double()
+        for kind in ("principal", "mean", "linear"):
+            centre, way, _ = self.conditions[kind] = condition(states, evidence.harmful, kind)
+            self.scores[kind] = unit(refused - centre) @ way
 
-    def move(self, kind: str, alpha: float, refuse: bool) -> ConditionalAdd:
+    def move(self, kind: str, share: float | None, alpha: float, refuse: float) -> ConditionalAdd:
+        """share: of the rightly refused prompts, how many are called benign; None: the threshold of the best F1."""
         centre, way, threshold = self.conditions[kind]
-        length = alpha * self.means.spread
+        if share is not None:
+            if not len(self.scores[kind]):
+                raise RunError("cast's condition is set by harmful prompts that are refused, and there is none.")
+            threshold = float(self.scores[kind].quantile(share))
         other = torch.zeros_like(self.comply)
         if refuse:
-            other = length * unit(self.means.of("safe_refusal") - self.means.of("jailbreak"))
-        return ConditionalAdd(centre, way, threshold, length * self.comply, other)
+            other = refuse * self.means.spread * unit(self.means.of("safe_refusal") - self.means.of("jailbreak"))
+        return ConditionalAdd(centre, way, threshold, alpha * self.means.spread * self.comply, other)
 
 
 CAST = Baseline("cast", "Conditional activation steering", "Lee et al. 2024, arXiv 2409.05907", _cast)

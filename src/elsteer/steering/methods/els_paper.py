@@ -5,7 +5,8 @@
 
 E is trained by InfoNCE, with energies over temperature 0.10 and the undesirable states of the batch (false refusals and
 jailbreaks) as negatives of each desirable one; Adam at 5e-5, 64 pairs a batch, 120 epochs, 80/20. Source: arXiv 2510.08646 and
-its published code. eta is in raw units of the state, of one layer, as published.
+its published code. eta is in raw units of the state, of one layer, as published; 0.95 and 3 or 10
+steps are the paper's for larger models, and shorter steps are tuned.
 
 Mended: the verdicts are of whole answers; states are of chats templated once; pairs are drawn anew each epoch from all four
 outcomes (at most a quarter of `prompts` each), not cut in list order; layers and the epoch are chosen by AUROC, which needs no
@@ -43,7 +44,7 @@ __all__ = ["ELS_PAPER", "ELS_PAPER_SMALL", "PaperNetwork", "PaperSteps", "els_pa
 logger = logging.getLogger(__name__)
 
 PUBLISHED, SMALL = (2048, 1024, 1024, 512), (512, 256, 256, 128)
-ETAS = (0.1, 0.3, 0.95, 3.0)
+ETAS = (0.1, 0.15, 0.2, 0.3, 0.5, 0.95)
 DROPOUT, TEMPERATURE, RATE, PAIRS, EPOCHS, VALIDATION, PROMPTS = 0.15, 0.10, 5e-5, 64, 120, 0.2, 2000
 TINY = 1e-8
 
@@ -221,7 +222,7 @@ def _candidates(
         logger.info("%s: layer %d of %d, validation AUROC %.3f", name, layer + 1, evidence.depth, scores[layer])
     ranked = sorted(scores, key=lambda layer: (-scores[layer], layer))
     found = []
-    plan = [(3, EVERY_TOKEN), (10, EVERY_TOKEN), (3, 0)]  # K, window
+    plan = [(3, EVERY_TOKEN), (3, 0)]  # K, window
     for count in dict.fromkeys(min(count, evidence.depth) for count in (3, 12)):
         layers = sorted(ranked[:count])
         for steps, window in plan:

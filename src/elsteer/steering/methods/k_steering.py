@@ -1,14 +1,17 @@
 """`k-steering`: steps along the gradient of a small classifier of outcomes.
 
-    L(h) = mean of the undesirable logits - mean of the desirable ones
+    L(h) = mean of the logits of the labels to avoid - mean of those of the labels to reach
     h <- h - alpha / K * spread * grad L / |grad L|,    K times
 
-The classifier has one hidden layer of 64 units (ReLU) on standardised states and the four outcomes as classes; undesirable are
-false refusals and jailbreaks. With z = A h + b before the ReLU and B the read-out, grad L = A^T ((z > 0) * B^T c), c holding
-1 / classes for each class and sign: all K steps are done in z, and the state is moved in one product, without autograd.
+The classifier has one hidden layer of 64 units (ReLU) on standardised states and the four outcomes as classes. As in the
+paper, where the user names the labels, false refusals are avoided and helpful answers are to be reached (`answer`). `both`
+also avoids jailbreaks and is to reach safe refusals; but what the logits say of harm and of refusing, each by itself, cancels
+in that difference. With z = A h + b before the ReLU and B the read-out, grad L = A^T ((z > 0) * B^T c), c holding 1 / labels
+for each label and its sign: all K steps are done in z, and the state is moved in one product, without autograd.
 
-Source: Oozeer et al. 2025, arXiv 2505.24535 (gradient steps on a non-linear classifier of several classes). There the gradient is
-not normalised and the step shrinks; here each step has one length, so that alpha means the same in each layer.
+Source: Oozeer et al. 2025, arXiv 2505.24535 (gradient steps on a non-linear classifier of several classes). There it has two
+hidden layers, the gradient is not normalised and the step shrinks; here each step has one length, so that alpha means the same
+in each layer.
 """
 
 from __future__ import annotations
@@ -25,10 +28,14 @@ from elsteer.steering.methods.layers import EVERY_TOKEN, TINY, band, per_row, si
 
 __all__ = ["K_STEERING", "ClassifierSteps", "train_classifier"]
 
-ALPHAS = (0.25, 0.5, 1.0, 2.0)
-STEPS = (1, 3)
+ALPHAS = (0.12, 0.25, 0.5, 1.0)
+STEPS = 3
 HIDDEN, PROMPTS, EPOCHS, BATCH = 64, 4000, 10, 64
-UNDESIRABLE = ("false_refusal", "jailbreak")
+# Labels to avoid, labels to reach.
+LABELS = {
+    "answer": (("false_refusal",), ("helpful",)),
+    "both": (("false_refusal", "jailbreak"), ("helpful", "safe_refusal")),
+}
 
 
 class ClassifierSteps(nn.Module):
@@ -91,35 +98,35 @@ def train_classifier(states: Tensor, classes: Tensor, count: int, seed: int) -> 
 
 def _k_steering(evidence: Evidence) -> list[Candidate]:
     wide = band(evidence.depth, 0.4, 0.8)
-    choices = list(
-        dict.fromkeys(
-            [*((one, EVERY_TOKEN) for one in singles(evidence.depth, (0.5,))), (wide, 0), (wide, EVERY_TOKEN)]
-        )
-    )
+    plan = [
+        (layers, window, "answer")
+        for layers in dict.fromkeys([*singles(evidence.depth, (0.4, 0.5)), wide])
+        for window in (0, EVERY_TOKEN)
+    ]
+    plan = [*plan[:-1], (wide, 0, "both")]
     rows, classes, names = _sample(evidence)
-    signs = _weights(names)
     fitted: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-    for layer in sorted({at for layers, _ in choices for at in layers}):
+    for layer in sorted({at for layers, _, _ in plan for at in layers}):
         states = evidence.states(layer)[rows]
-        down, shift, out, _ = train_classifier(states, classes, len(names), evidence.seed + layer)
-        fitted[layer] = (down, shift, signs @ out)
+        fitted[layer] = train_classifier(states, classes, len(names), evidence.seed + layer)[:3]
     found = []
-    for layers, window in choices:
-        for steps in STEPS:
-            for alpha in ALPHAS:
-                moves = {}
-                for at in layers:
-                    length = alpha / len(layers) * evidence.means(at).spread
-                    moves[at] = ClassifierSteps(*fitted[at], length=length, steps=steps)
-                settings = {"layers": list(layers), "steps": steps, "alpha": alpha, "window": window}
-                found.append(Candidate("k-steering", settings, moves, window))
+    for layers, window, goal in plan:
+        signs = _signs(names, goal)
+        for alpha in ALPHAS:
+            moves = {}
+            for at in layers:
+                down, shift, out = fitted[at]
+                length = alpha / len(layers) * evidence.means(at).spread
+                moves[at] = ClassifierSteps(down, shift, signs @ out, length=length, steps=STEPS)
+            settings = {"layers": list(layers), "labels": goal, "steps": STEPS, "alpha": alpha, "window": window}
+            found.append(Candidate("k-steering", settings, moves, window))
     return found
 
 
-def _weights(names: list[str]) -> Tensor:
-    """(classes,) c: plus and minus one over the number of undesirable and of desirable classes."""
-    bad = torch.tensor([name in UNDESIRABLE for name in names])
-    return bad.float() / bad.sum() - (~bad).float() / (~bad).sum()
+def _signs(names: list[str], goal: str) -> Tensor:
+    """(classes,) c: one over the number of labels to avoid, minus one over that of labels to reach, 0 for the others."""
+    avoid, reach = (torch.tensor([name in labels for name in names]).float() for labels in LABELS[goal])
+    return avoid / avoid.sum() - reach / reach.sum()
 
 
 def _sample(evidence: Evidence) -> tuple[Tensor, Tensor, list[str]]:

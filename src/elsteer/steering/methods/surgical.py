@@ -1,13 +1,15 @@
 """`surgical`: the false-refusal direction, made orthogonal to the true-refusal one, is projected out.
 
     f = mean(false refusal) - mean(helpful),    t = unit(mean(safe refusal) - mean(helpful))
-    w = unit(f - lambda (t . f) t),             delta(h) = -strength * share * (w . h) w
+    w = unit(f - lambda (t . f) t),             delta(h) = -strength * share * (w . (h - o)) w
 
 Source: Wang et al. 2025, "Surgical, Cheap, and Flexible", arXiv 2410.03415: vectors from differences in means of the states of
 pseudo-harmful, harmful and harmless prompts; the orthogonalisation keeps the ablation from taking true refusals along, and its
-part lambda (1: whole) says how cautious the model stays. Ablation there is whole, at every layer and token. Here pseudo-harmful
-prompts are the benign ones that the model refused; besides lambda, the share that is removed is tuned, and the ablation
-begins with the prompt's last token (see `ablation`).
+part lambda (1: whole) says how cautious the model stays. Ablation there is whole, at every layer and token. Here
+pseudo-harmful prompts are the benign ones that the model refused, and the ablation begins with the prompt's last token (see
+`ablation`). The origin o is 0 in the paper. In some layers w . h is further below 0 for answers than for refusals, and there
+an ablation to 0 makes refusals of them; `mean`, ours, takes o = mean(helpful), so that what is removed is what false refusals
+have beyond answers.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from elsteer.steering.methods.layers import EVERY_TOKEN, band, layer_at, unit
 
 __all__ = ["SURGICAL", "false_refusal_direction"]
 
-SHARES = (0.5, 1.0)
+LAMBDAS = (1.0, 0.75, 0.6, 0.5)
 
 
 def false_refusal_direction(evidence: Evidence, layer: int, orthogonal: float = 1.0) -> Tensor:
@@ -35,25 +37,28 @@ def false_refusal_direction(evidence: Evidence, layer: int, orthogonal: float = 
 
 def _surgical(evidence: Evidence) -> list[Candidate]:
     depth, found = evidence.depth, []
-    for orthogonal in (1.0, 0.75, 0.5):
-        for source in dict.fromkeys(layer_at(share, depth) for share in (0.5, 0.6)):
+    wide = band(depth, 0.4, 0.8)
+    for orthogonal in LAMBDAS:
+        for source in dict.fromkeys(layer_at(share, depth) for share in (0.25, 0.4, 0.5, 0.6)):
             direction = false_refusal_direction(evidence, source, orthogonal)
-            spots = dict.fromkeys(range(depth), direction)
-            found += _grid("global", spots, EVERY_TOKEN, source, orthogonal)
-        local = {at: false_refusal_direction(evidence, at, orthogonal) for at in band(depth, 0.4, 0.8)}
-        for window in (0, EVERY_TOKEN):
-            found += _grid("local", local, window, min(local), orthogonal)
+            everywhere = {at: RemoveDirection(direction) for at in range(depth)}
+            found.append(_candidate("global", everywhere, EVERY_TOKEN, source, orthogonal, "zero"))
+        for origin in ("zero", "mean"):
+            moves = {}
+            for at in wide:
+                direction = false_refusal_direction(evidence, at, orthogonal)
+                start = float(direction @ evidence.means(at).of("helpful")) if origin == "mean" else 0.0
+                moves[at] = RemoveDirection(direction, origin=start)
+            found.append(_candidate("local", moves, 0, min(wide), orthogonal, origin))
     return found
 
 
-def _grid(kind: str, directions: dict[int, Tensor], window: int, source: int, orthogonal: float) -> list[Candidate]:
-    found = []
-    for share in SHARES:
-        settings = {"kind": kind, "layers": list(directions), "from": source, "lambda": orthogonal}
-        settings |= {"share": share, "window": window}
-        moves = {at: RemoveDirection(direction, share) for at, direction in directions.items()}
-        found.append(Candidate("surgical", settings, moves, window))
-    return found
+def _candidate(
+    kind: str, moves: dict[int, RemoveDirection], window: int, source: int, orthogonal: float, origin: str
+) -> Candidate:
+    settings = {"kind": kind, "layers": list(moves), "from": source, "lambda": orthogonal}
+    settings |= {"origin": origin, "window": window}
+    return Candidate("surgical", settings, moves, window)
 
 
 SURGICAL = Baseline("surgical", "Single false-refusal vector ablated", "Wang et al. 2025, arXiv 2410.03415", _surgical)
