@@ -205,15 +205,18 @@ def evaluation(found: Evaluation, console: Console) -> None:
         console.print(to_console([*groups, *tables["total"]], f"Plain against steered ({method})"), "")
     for method, ratio in found.perplexity.items():
         measured = found.quality_of[method]
+        told = f"{ratio.value:.3f} times the plain answers' ({ratio.low:.3f} to {ratio.high:.3f}, n {measured.n})"
         console.print(
-            f"Answers as before ({method}): perplexity {ratio.value:.3f} times the plain answers' "
-            f"({ratio.low:.3f} to {ratio.high:.3f}, n {measured.n}), degenerate {_rate(measured.degenerate_steered)} "
-            f"against {_rate(measured.degenerate_plain)}.",
+            f"Answers as before ({method}): perplexity {told if ratio.defined else 'not measured'}, degenerate "
+            f"{_rate(measured.degenerate_steered)} against {_rate(measured.degenerate_plain)}.",
             "",
             soft_wrap=True,
         )
     for method, harm in found.harm.items():
         change = harm.difference
+        if not change.defined:
+            console.print(f"Harm of the answers to harmful prompts ({method}): not measured, no answer was scored.", "")
+            continue
         console.print(
             f"Harm of the answers to harmful prompts ({method}), 0 to 1: {harm.plain.value:.3f} to {harm.steered.value:.3f}, "
             f"difference {change.value:+.3f} ({change.low:+.3f} to {change.high:+.3f}, n {change.n}).",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from pathlib import Path
@@ -9,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
+from elsteer import show
 from elsteer.errors import JudgeError, LandscapeError, PromptError, RunError
 from elsteer.evaluation.evaluate import Evaluation, evaluate
 from elsteer.judges import JUDGES, Verdict
@@ -119,11 +122,17 @@ def test_prompts_that_were_fitted_or_tuned_on_are_told(
     known = [{**PROMPTS[0].to_row(), "split": "train"}, {**PROMPTS[1].to_row(), "split": "dev"}]
     other = {**Prompt.of("Name a river.", harmful=False).to_row(), "split": "dev"}
     (run / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*known, other]))
+    (run / "settings.yaml").touch()
     found = evaluated(tiny, [landscape], [suite], run, quality=False)
     words = "2 of the prompts were fitted or tuned on, so these figures say little of others."
     assert found.sentence.endswith(words)
     assert words in found.report.read_text(encoding="utf-8")
     assert words not in evaluated(tiny, [landscape], [suite], tmp_path / "other", quality=False).sentence
+
+
+def test_prompts_of_one_s_own_in_the_folder_are_not_a_fit_s(tiny: Tiny, landscape: Landscape, tmp_path: Path) -> None:
+    mine = written(tmp_path / "prompts.jsonl")
+    assert evaluated(tiny, [landscape], [mine], tmp_path, quality=False).seen == 0
 
 
 def test_tables_count_the_rows(tiny: Tiny, landscape: Landscape, suite: Path, tmp_path: Path) -> None:
@@ -280,6 +289,17 @@ def test_another_landscape_in_the_same_folder_gets_rows_of_its_own(
     assert list(map(core, back.rows)) == list(map(core, evaluated(tiny, [landscape], [suite], tmp_path / "first").rows))
 
 
+def test_a_control_under_the_name_of_a_landscape_gets_rows_of_its_own(
+    tiny: Tiny, landscape: Landscape, suite: Path, tmp_path: Path
+) -> None:
+    control = landscape.with_method("random")
+    evaluated(tiny, {"mine": landscape}, [suite], tmp_path / "run", quality=False)
+    found = evaluated(tiny, {"mine": control}, [suite], tmp_path / "run", quality=False)
+    alone = evaluated(tiny, {"mine": control}, [suite], tmp_path / "alone", quality=False)
+    assert list(map(core, found.rows)) == list(map(core, alone.rows))
+    assert len(lines(tmp_path / "run/evaluation/mine.mine.jsonl")) == 2 * len(PROMPTS)
+
+
 class OtherLetters(LetterJudge):
     """The other way round."""
 
@@ -405,7 +425,7 @@ def test_what_cannot_be_evaluated_is_said_before_anything_is_computed(
     twin = written(tmp_path / "other/mine.jsonl")
     another = tiny_landscape().with_rule(eta=1.0)
     another.fingerprint = type(another.fingerprint)(**{**another.fingerprint.to_dict(), "vocab_size": 7})
-    cases: list[tuple[Any, list[Path], type[Exception], str]] = [
+    cases: list[tuple[Any, Any, type[Exception], str]] = [
         (["none"], [suite], PromptError, "at least one landscape"),
         ([landscape, landscape], [suite], PromptError, "each method once"),
         ([landscape, "random"], [suite], PromptError, "'random' is no landscape"),
@@ -416,6 +436,8 @@ def test_what_cannot_be_evaluated_is_said_before_anything_is_computed(
         ([landscape], [], PromptError, "at least one suite"),
         ([landscape], [suite, twin], PromptError, "Two suites are called 'mine'"),
         ([landscape], [suite, tmp_path / "nowhere.jsonl"], PromptError, "nowhere"),
+        ([landscape], ["xstest", "xstest-safe"], PromptError, "xstest-safe is a part of xstest"),
+        ([landscape], ["xstest-unsafe+dan", "xstest+dan"], PromptError, r"xstest-unsafe\+dan is a part of xstest\+dan"),
         ([another], [suite], LandscapeError, "vocabulary"),
     ]
     with forward_passes(tiny[0]) as passes:
@@ -446,6 +468,12 @@ def test_rates_are_corrected_by_the_judge_s_error_on_labels(
         assert one.corrected_plain is not None
         assert one.corrected_plain.value == pytest.approx(min(1.0, one.refused_plain.value / 0.8))
     assert "labels" in found.report.read_text()
+    kept = lines(tmp_path / "run/evaluation/labels.jsonl")
+    assert len(kept) == 2, "an answer that is there twice is asked about once"
+    with pytest.MonkeyPatch.context() as patch:  # what was said of the labels is not asked again
+        patch.setattr("elsteer.evaluation.correction.judge_all", None)
+        again = evaluated(tiny, [landscape], [suite], tmp_path / "run", quality=False, judge_labels=[labels])
+    assert again.judge_accuracy == [judge]
     plain = evaluated(tiny, [landscape], [suite], tmp_path / "run", quality=False)
     assert plain.judge_accuracy == []
     assert all(one.corrected_plain is None for one in plain.comparisons()["total"])
@@ -482,5 +510,31 @@ def test_harm_of_the_answers_to_harmful_prompts(tiny: Tiny, landscape: Landscape
     judge.asked.clear()
     assert evaluated(tiny, [landscape], [suite], tmp_path / "run", **options).harm == found.harm
     assert judge.asked == [], "what is on disk is not asked again"
+    assert harm.difference.low < harm.difference.value < harm.difference.high, (
+        "of a yes or no few pairs are never certain"
+    )
+    assert {row["whole"] for row in found.rows} == {True}, "no answer was cut where its verdict was clear"
     with pytest.raises(JudgeError, match="letters cannot tell how harmful"):
         evaluated(tiny, [landscape], [suite], tmp_path / "run", harm=True)
+
+
+def test_harm_is_told_of_whole_answers(tiny: Tiny, landscape: Landscape, suite: Path, tmp_path: Path) -> None:
+    """Where a verdict is decided early the answer ends, but not where its harm is asked for."""
+
+    class Early(HarmJudge):
+        def decided(self, prompt: str, partial: str) -> Verdict | None:
+            return self.judge(prompt, partial) if partial else None
+
+    options: dict[str, Any] = {"judge": Early(), "quality": False, "max_new_tokens": 12}
+    short = evaluated(tiny, [landscape], [suite], tmp_path / "run", **options)
+    whole = evaluated(tiny, [landscape], [suite], tmp_path / "run", harm=True, **options)
+    assert sum(row["tokens"] for row in short.rows) < sum(row["tokens"] for row in whole.rows)
+
+
+def test_where_nothing_is_harmful_the_table_says_so(tiny: Tiny, landscape: Landscape, tmp_path: Path) -> None:
+    benign = written(tmp_path / "benign.jsonl", [one for one in PROMPTS if not one.harmful])
+    found = evaluated(tiny, [landscape], [benign], tmp_path / "run", judge=HarmJudge(), harm=True, quality=False)
+    console = Console(file=io.StringIO(), width=200)
+    show.evaluation(found, console)
+    assert "(els): not measured" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "nan" not in console.file.getvalue()  # type: ignore[attr-defined]

@@ -232,6 +232,15 @@ def test_a_coin_as_judge_corrects_nothing(found_refusals: int, found_compliances
     assert not corrected_rate(5, 10, judge).defined
 
 
+@pytest.mark.parametrize("found", [250, 245, 0, 3])
+def test_a_rate_that_the_judge_s_error_cannot_explain_is_not_corrected(found: int) -> None:
+    """Of sensitivity .9 no more than 90% can be found, of specificity .9 no less than 10%: 245 and 250 would both be 100%."""
+    judge = JudgeAccuracy("rules", "made up", 900, 1000, 900, 1000)
+    assert not corrected_rate(found, 250, judge).defined
+    assert corrected_rate(225, 250, judge).value == 1
+    assert corrected_rate(26, 250, judge).defined
+
+
 def test_a_correction_without_labels_is_undefined() -> None:
     assert not corrected_rate(5, 10, JudgeAccuracy("rules", "none", 0, 0, 0, 0)).defined
 
@@ -258,6 +267,20 @@ def test_a_difference_of_what_was_removed_by_hand() -> None:
     assert found.value == pytest.approx(6 / 8 - 3 / 8)
     assert found.low < found.value < found.high
     assert not removed_difference([False], [False], [True]).defined
+
+
+def test_few_rows_that_differ_prove_nothing() -> None:
+    """Three refusals, all removed by one and none by the other: McNemar's p is 1/4. Where none differs, nothing is certain."""
+    plain = [True] * 3 + [False] * 247
+    found = removed_difference(plain, [False] * 250, plain)
+    assert found.value == 1
+    assert found.low < 0
+    assert found.high >= 1
+    same = removed_difference(plain, plain, plain)
+    assert same.low < 0 == same.value < same.high
+    many = removed_difference([True] * 100 + [False] * 150, [True] * 20 + [False] * 230, [True] * 90 + [False] * 160)
+    assert many.low > 0.55
+    assert many.high < 0.85
 
 
 def test_the_detectable_difference_has_the_power_that_it_claims() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from elsteer.errors import JudgeError
 from elsteer.judges import get_judge
 from elsteer.judges.agreement import LabelledCompletion, read_labels
 from elsteer.judges.classifier import ClassifierJudge, cross_validated, left_out_by_model
+from elsteer.judges.phrases import RULES
 
 THINGS = ["kettle", "bridge", "garden", "lantern", "window", "pepper", "violin", "tractor", "harbour", "pillow"]
 
@@ -101,6 +103,15 @@ def test_it_is_trained_at_first_use_and_kept(tmp_path: Path, monkeypatch: pytest
     assert get_judge("classifier").judge("", "The harbour is closed to the kettle.") == first
     assert len(read_labels(tmp_path / "judge/wildguardtest_half.jsonl")) == 60
     assert re.fullmatch("classifier [0-9a-f]{8}", get_judge("classifier").name), "other labels are another judge"
+
+
+def test_other_rules_are_another_classifier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the same names, too: what it has learned is of what they matched."""
+    ClassifierJudge.train(rows()).save(tmp_path)
+    changed = [replace(RULES[0], weight=RULES[0].weight + 0.1), *RULES[1:]]
+    monkeypatch.setattr("elsteer.judges.phrases.RULES", changed)
+    with pytest.raises(JudgeError, match="another version"):
+        ClassifierJudge.load(tmp_path)
 
 
 def test_train_and_use_from_the_command_line(tmp_path: Path) -> None:

@@ -101,6 +101,8 @@ def test_words_of_a_real_model_that_is_no_guard_are_unscored(tmp_path: Path) -> 
 def test_a_model_of_no_known_family_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(JudgeError, match="no guard model that is known"):
         LocalJudge("someone/chatty-7b")
+    with pytest.raises(JudgeError, match="no guard model that is known"):
+        LocalJudge("ToxicityPrompts/PolyGuard-Qwen")  # its form is another than WildGuard's
     with pytest.raises(JudgeError, match="--judge-model"):
         get_judge("local")
     with pytest.raises(JudgeError, match="for the judge api, not for local"):

@@ -100,6 +100,43 @@ def test_sampling_goes_by_the_seed_and_a_stop_sequence_stops(saved: Path) -> Non
     assert cut.stop_reason == "stop"
 
 
+def test_a_stop_sequence_is_found_within_a_token(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token may hold a stop sequence and more: what comes after it, and it itself, is cut."""
+    api = ElsteerAPI(str(saved / "model"), landscape=str(saved / "landscape"), strength=0.0, device="cpu")
+    monkeypatch.setattr(api.tokenizer, "decode", lambda *_, **__: "one two### three")
+    config = GenerateConfig(max_tokens=8, stop_seqs=["#"])
+    found = asyncio.run(api.generate(list(CHAT), [], "none", config))
+    assert (found.completion, found.stop_reason) == ("one two", "stop")
+
+
+def test_an_answer_ends_where_the_model_s_context_does(saved: Path) -> None:
+    found = answer(saved, 0.0, tokens=4000)
+    assert found.usage.total_tokens == 512
+    assert found.stop_reason == "model_length"
+    api = ElsteerAPI(str(saved / "model"), landscape=str(saved / "landscape"), device="cpu")
+    long = [ChatMessageUser(content="word " * 600)]
+    none = asyncio.run(api.generate(long, [], "none", GenerateConfig(max_tokens=8)))
+    assert (none.completion, none.stop_reason) == ("", "model_length")
+
+
+def test_inspect_s_cache_tells_strengths_and_landscapes_apart(saved: Path, tmp_path: Path) -> None:
+    """Its key holds the name, the base_url and the configuration."""
+    tiny_landscape(tiny_model(max_position_embeddings=512), hidden=(4,)).save_pretrained(tmp_path)
+    apis = [
+        ElsteerAPI(str(saved / "model"), landscape=str(folder), strength=strength, thinking=thinking, device="cpu")
+        for folder, strength, thinking in (
+            (saved / "landscape", 1.0, None),
+            (saved / "landscape", 0.0, None),
+            (tmp_path, 1.0, None),
+            (saved / "landscape", 1.0, False),
+            (saved / "landscape", 1.0, None),
+        )
+    ]
+    told = [api.base_url for api in apis]
+    assert told[0] == told[4]
+    assert len(set(told)) == 4
+
+
 def test_inspect_finds_it_by_name_and_runs_a_task_on_it(saved: Path, tmp_path: Path) -> None:
     text = expected(STRENGTH)[1]
     task = Task(dataset=[Sample(input=list(CHAT), target=text)], scorer=includes(ignore_case=False))

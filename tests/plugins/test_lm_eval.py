@@ -13,7 +13,7 @@ from elsteer.completions import PromptCaches
 from elsteer.decoding import prefill, score, share_prefix
 from elsteer.errors import LandscapeError, SteeringError
 from elsteer.landscape import Landscape
-from elsteer.models import encode_chat, render_chat
+from elsteer.models import encode_chat, fingerprint, render_chat
 from landscapes import RULE, tiny_landscape
 from pipelines import Tiny, forward_passes, some_prompts
 from tiny import tiny_model, tiny_tokenizer
@@ -59,6 +59,29 @@ def test_a_chat_is_asked_as_in_the_fit(tiny: Tiny) -> None:
         lm = ElsteerLM(model, fitted, tokenizer=tokenizer, **given)
         lm.steering.remove()
         assert lm.enable_thinking is expected
+
+
+@pytest.mark.parametrize("template", ["chatml", "gemma"])
+def test_the_fit_s_system_prompt_stands_before_a_chat_without_one(template: str) -> None:
+    """Where a template has no place for it, it is put before the user's words, as in the fit."""
+    model, tokenizer = tiny_model(max_position_embeddings=512), tiny_tokenizer(template)
+    landscape = tiny_landscape(model, provenance={"settings": {"collect": {"system": "Be kind."}}})
+    landscape.fingerprint = fingerprint(model, tokenizer)
+    lm = ElsteerLM(model, landscape, tokenizer=tokenizer)
+    lm.steering.remove()
+    user = [{"role": "user", "content": "Name a tree."}]
+    assert lm.apply_chat_template(user) == render_chat(tokenizer, user, system="Be kind.")
+    own = [{"role": "system", "content": "Be brief."}, *user]
+    assert lm.apply_chat_template(own) == render_chat(tokenizer, own)
+    assert lm.apply_chat_template([*user, {"role": "assistant", "content": "Oak"}], False).endswith("Oak")
+
+
+def test_a_fit_with_thinking_is_asked_with_it(tiny: Tiny) -> None:
+    model, tokenizer = tiny
+    fitted = tiny_landscape(model, provenance={"settings": {"collect": {"thinking": True}}})
+    lm = ElsteerLM(model, fitted, tokenizer=tokenizer)
+    lm.steering.remove()
+    assert lm.chat_template_args == {"enable_thinking": True}
 
 
 def test_steered_log_likelihoods_are_those_of_elsteers_own_score(tiny: Tiny, landscape: Landscape) -> None:

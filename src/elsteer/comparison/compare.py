@@ -43,7 +43,7 @@ from elsteer.fitting import neutral_prompts
 from elsteer.judges import get_judge
 from elsteer.landscape import Landscape
 from elsteer.models import fingerprint
-from elsteer.prompts import Prompt, load_suite, suite_name
+from elsteer.prompts import Prompt, check_apart, load_suite, suite_name
 from elsteer.run import RunFolder, key_of, told_apart
 from elsteer.settings import FitSettings, TuningSettings
 from elsteer.steering.attach import Steering
@@ -112,8 +112,7 @@ def compare(
     if not suites:
         raise PromptError("Give at least one suite to compare on, such as 'xstest', or a file of prompts.")
     slugs = [suite_name(name) for name in suites]
-    if twice := [name for name in slugs if slugs.count(name) > 1]:
-        raise PromptError(f"Two suites are called {twice[0]!r}: give each once, or rename a file.")
+    check_apart(slugs)
     data = Path(data_dir) if data_dir is not None else None
     prompts = {
         slug: told_apart(load_suite(name, data_dir=data, limit=limit, seed=seed))

@@ -30,13 +30,13 @@ from elsteer.evaluation.correction import accuracies_of
 from elsteer.evaluation.plots import before_after_picture, landscape_picture
 from elsteer.evaluation.quality import Answer, Quality, answer_at_length, quality
 from elsteer.evaluation.report import Example, ReportData, verdict_sentence, write_report
-from elsteer.evaluation.statistics import Interval, JudgeAccuracy, mean_bootstrap
+from elsteer.evaluation.statistics import Interval, JudgeAccuracy, mean_bootstrap, paired_difference, wilson
 from elsteer.evaluation.tables import Comparison, compare_all
 from elsteer.files import append_jsonl, read_jsonl, write_atomic, write_json
 from elsteer.judges import Judge, get_judge, outcome_of
 from elsteer.landscape import Landscape
 from elsteer.models import decoder_blocks
-from elsteer.prompts import Prompt, load_suite, suite_name
+from elsteer.prompts import Prompt, check_apart, load_suite, suite_name
 from elsteer.run import RunFolder, key_of, told_apart, without_nan
 from elsteer.states import watch_states
 
@@ -140,19 +140,20 @@ def evaluate(
     if not suites:
         raise PromptError("Give at least one suite to evaluate on, such as 'starter', or a file of prompts.")
     names = [suite_name(name) for name in suites]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise PromptError(f"Two suites are called {twice[0]!r}: give each once, or rename a file.")
+    check_apart(names)
     with run.owned():
         judging = get_judge(judge)
         if harm and not hasattr(judging, "harms"):
             raise JudgeError(
                 f"The judge {judging.name} cannot tell how harmful an answer is: take api or local for that."
             )
-        accuracy = accuracies_of(judging, [Path(file) for file in judge_labels])
+        accuracy = accuracies_of(judging, [Path(file) for file in judge_labels], run / "evaluation/labels.jsonl")
         for one in landscapes.values():  # whether it fits is said now, not after the plain answers
             one.attach(model, 0.0, tokenizer=tokenizer).remove()
         first = next(iter(landscapes.values()))
-        work = _Work(model, tokenizer, judging, run, seed, max_new_tokens, quality_tokens, batch_size, first, progress)
+        work = _Work(
+            model, tokenizer, judging, run, seed, max_new_tokens, quality_tokens, batch_size, first, progress, harm
+        )
         folder = Path(data_dir) if data_dir is not None else None
         prompts_of = [load_suite(name, data_dir=folder, limit=limit, seed=seed) for name in suites]
         for name, prompts in zip(names, prompts_of, strict=True):
@@ -200,6 +201,7 @@ class _Work:
     batch_size: int
     first: Landscape
     progress: Progress | None
+    harm: bool = False
     rows: list[dict[str, Any]] = field(default_factory=list)
     caches: dict[str, PromptCaches] = field(default_factory=dict)
     plain: dict[str, list[Completion]] = field(default_factory=dict)
@@ -230,6 +232,8 @@ class _Work:
             "tokens_at_most": self.max_new_tokens,
             "key": self._key(landscape),
         }
+        if self.harm:  # how harmful an answer is, is told of the whole of it
+            mark["whole"] = True
 
         def describe(prompt: Prompt) -> dict[str, Any]:
             return {
@@ -251,6 +255,7 @@ class _Work:
                 caches,
                 self.judge,
                 max_new_tokens=self.max_new_tokens,
+                early_stop=not self.harm,
                 steering=steering,
                 path=path,
                 extra=mark,
@@ -276,6 +281,8 @@ class _Work:
         parts = [self.first.fingerprint.to_dict(), rule, energies, str(self.model.dtype), self.judge.name]
         if system := self.first.asked_with.get("system"):
             parts.append(system)
+        if landscape is not None and landscape.method != "els":
+            parts.append(f"method {landscape.method}")
         return key_of(*parts)
 
     def measure_quality(
@@ -331,6 +338,9 @@ class _Work:
         plain, steered = self._harms(PLAIN, None), self._harms(method, landscape)
         pairs = [(plain[key], steered[key]) for key in plain if plain[key] is not None and steered.get(key) is not None]
         before, after = (np.array([pair[at] for pair in pairs], dtype=float) for at in (0, 1))
+        if np.isin([before, after], (0, 1)).all():  # of a yes or no the intervals are those of rates
+            rates = [wilson(int(values.sum()), len(values)) for values in (before, after)]
+            return Harm(rates[0], rates[1], paired_difference(before == 1, after == 1))
         return Harm(*(mean_bootstrap(values, seed=self.seed) for values in (before, after, after - before)))
 
     def _harms(self, method: str, landscape: Landscape | None) -> dict[tuple[str, str], float | None]:
@@ -357,7 +367,8 @@ class _Work:
     def _seen(self) -> int:
         """How many of the prompts the fit in this run folder, if there is one, was fitted or tuned on."""
         path = self.run / "prompts.jsonl"
-        rows = read_jsonl(path) if path.exists() else []
+        of_a_fit = (self.run / "settings.yaml").exists() and path.exists()  # else the file is somebody's own
+        rows = read_jsonl(path) if of_a_fit else []
         fitted = {row["messages"][-1]["content"] for row in rows}
         return len({row["prompt"] for row in self.rows} & fitted)
 

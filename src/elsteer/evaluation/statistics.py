@@ -171,12 +171,18 @@ def removed_difference(
 ) -> Interval:
     """`removed` by one method less `removed` by another, over the same rows: (other - one) / plain refusals.
 
-    All booleans, shape (n,), paired by position. Percentile bootstrap over rows. Undefined where the plain model refused none.
+    All booleans, shape (n,), paired by position. Undefined where the plain model refused none. Interval: a percentile bootstrap
+    over rows, widened to Newcombe's for the difference of the two refused rates (`paired_difference`), over the plain rate, where
+    that is wider: of few rows that differ a bootstrap claims too much.
     """
     plain, one, other = (np.asarray(each, dtype=bool) for each in (plain_refused, one_refused, other_refused))
     if not plain.any():
         return Interval.undefined(len(plain))
-    return ratio_bootstrap(other.astype(float) - one.astype(float), plain.astype(float), seed, resamples, level)
+    found = ratio_bootstrap(other.astype(float) - one.astype(float), plain.astype(float), seed, resamples, level)
+    score, rate = paired_difference(one, other, level), plain.mean()
+    return Interval.around(
+        found.value, min(found.low, score.low / rate), max(found.high, score.high / rate), len(plain)
+    )
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -246,7 +252,8 @@ def corrected_rate(k: int, n: int, judge: JudgeAccuracy, level: float = 0.95) ->
     (k / n + specificity - 1) / (sensitivity + specificity - 1) (Rogan and Gladen 1978, Am. J. Epidemiol. 107:71), with
     the interval of Lang and Reiczigel (2014, Prev. Vet. Med. 113:13-22), which counts the uncertainty of the judge's
     sensitivity and specificity too; all within 0 and 1. It supposes that the judge errs here as often as on the
-    labelled completions. Undefined without rows or labels, and for a judge that is no better than a coin.
+    labelled completions. Undefined without rows or labels, for a judge that is no better than a coin, and where no rate between
+    0 and 1 explains what it reported: then it errs here in another way than on the labelled completions.
     """
     if min(n, judge.refusals, judge.compliances) == 0:
         return Interval.undefined(n)
@@ -265,6 +272,8 @@ def corrected_rate(k: int, n: int, judge: JudgeAccuracy, level: float = 0.95) ->
     shift = 2 * z * z * (centre * noise_refusals - (1 - centre) * noise_compliances)
     variance = rate * (1 - rate) / n_rate + centre**2 * noise_refusals + (1 - centre) ** 2 * noise_compliances
     half = z * math.sqrt(variance) / slope
+    if centre + shift - half > 1 or centre + shift + half < 0:
+        return Interval.undefined(n)
     value = _clip((k / n + judge.specificity.value - 1) / gain)
     return Interval.around(value, _clip(centre + shift - half), _clip(centre + shift + half), n)
 

@@ -31,7 +31,7 @@ from elsteer.errors import JudgeError
 from elsteer.files import write_atomic, write_json
 from elsteer.judges.agreement import LabelledCompletion, read_labels
 from elsteer.judges.degenerate import degeneration, repeats
-from elsteer.judges.phrases import RULES, normalise
+from elsteer.judges.phrases import RULES, normalise, rules_digest
 from elsteer.judges.verdict import Verdict
 from elsteer.models.cache import elsteer_cache
 from elsteer.prompts.folder import data_folder
@@ -112,7 +112,7 @@ class ClassifierJudge:
             tensors[f"{kind}.idf"] = np.asarray(vectorizer.idf_, dtype=np.float64)
         whole = save(tensors)
         write_atomic(folder / "classifier.safetensors", lambda to: to.write_bytes(whole))
-        about = {"format": _FORMAT, "name": self.name, "rules": [rule.name for rule in RULES], "vocabularies": words}
+        about = {"format": _FORMAT, "name": self.name, "rules": rules_digest(), "vocabularies": words}
         write_json(folder / "classifier.json", about)
 
     @classmethod
@@ -121,7 +121,7 @@ class ClassifierJudge:
         try:
             about = json.loads((folder / "classifier.json").read_text(encoding="utf-8"))
             tensors = load_file(folder / "classifier.safetensors")
-            if about["format"] != _FORMAT or about["rules"] != [rule.name for rule in RULES]:
+            if about["format"] != _FORMAT or about["rules"] != rules_digest():
                 raise JudgeError(f"The classifier in {folder} is of another version of elsteer: train it again.")
             vectorizers = {}
             for kind, options in _KINDS.items():
@@ -153,7 +153,8 @@ def trained_on_first_use(data_dir: Path | None = None) -> ClassifierJudge:
             f"The judge classifier is trained on human labels at first use, and {' and '.join(_FILES)} were not found: give "
             "the folder that holds them with ELSTEER_DATA, or take the judge rules."
         )
-    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+    made_of = [file.read_bytes() for file in files] + [rules_digest().encode()]
+    digest = hashlib.sha256(b"".join(made_of)).hexdigest()[:16]
     name = f"classifier-{_FORMAT}-{digest}"
     try:
         return ClassifierJudge.load(kept / name)

@@ -1,8 +1,8 @@
 """The `local` judge: a guard model of the Hugging Face Hub, run on this machine. Refusal and harm are read apart.
 
-    WildGuard, PolyGuard    say of an answer whether it refuses and whether it is harmful (Han et al. 2024, arXiv 2406.18495)
-    Llama Guard             says whether an answer is unsafe (Inan et al. 2023, arXiv 2312.06674)
-    Granite Guardian        says whether an answer is harmful (Padhi et al. 2024, arXiv 2412.07724)
+    WildGuard           says of an answer whether it refuses and whether it is harmful (Han et al. 2024, arXiv 2406.18495)
+    Llama Guard         says whether an answer is unsafe (Inan et al. 2023, arXiv 2312.06674)
+    Granite Guardian    says whether an answer is harmful (Padhi et al. 2024, arXiv 2412.07724)
 
 The last two know nothing of refusals: the rules (`elsteer.judges.rules`) say whether an answer refuses, the guard how harmful it
 is. Which one a model is shows in its name, or is given by `family`. Guards answer greedily; what cannot be read as an answer in
@@ -78,7 +78,7 @@ def _chat(**options: Any) -> Callable[[Any, str, str], str]:
 
 # A new family is one entry.
 FAMILIES: dict[str, Family] = {
-    "wildguard": Family(("wildguard", "polyguard"), _wildguard, _REFUSAL, _HARM, 32),
+    "wildguard": Family(("wildguard",), _wildguard, _REFUSAL, _HARM, 32),
     "llama-guard": Family(("llama-guard", "llamaguard"), _chat(), None, _SAFE, 8),
     "granite-guardian": Family(
         ("granite-guardian",), _chat(guardian_config={"risk_name": "harm"}, think=False), None, _YES, 12

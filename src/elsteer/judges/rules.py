@@ -67,6 +67,10 @@ class RulesJudge:
     window: int = WINDOW_CHARS
     name: str = "rules"
 
+    def __post_init__(self) -> None:
+        if self.window != WINDOW_CHARS:  # rows of another window are other rows
+            self.name = f"rules {self.window}"
+
     def judge(self, prompt: str, completion: str) -> Verdict:
         """The verdict on a whole completion; `prompt` shows whether the answer just repeats it, or says no to it."""
         text = _without_direct_answer(prompt, normalise(completion)[: self.window])

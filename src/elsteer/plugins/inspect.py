@@ -22,6 +22,7 @@ from inspect_ai.model import (
     ModelAPI,
     ModelOutput,
     ModelUsage,
+    StopReason,
     modelapi,
 )
 
@@ -59,8 +60,11 @@ class ElsteerAPI(ModelAPI):
             )
         if not model_args.get("landscape"):
             raise SteeringError("The provider elsteer needs a landscape: -M landscape=PATH.")
-        from elsteer.landscape import Landscape  # torch is not loaded before a model is
+        import torch  # not loaded before a model is
+
+        from elsteer.landscape import Landscape
         from elsteer.models import load
+        from elsteer.run import key_of
 
         self.landscape = Landscape.from_pretrained(str(model_args["landscape"]))
         asked = self.landscape.asked_with  # steering is fitted to where such a chat ends
@@ -75,6 +79,17 @@ class ElsteerAPI(ModelAPI):
         strength = model_args.get("strength")
         self.steering = self.landscape.attach(
             self.model, None if strength is None else float(strength), tokenizer=self.tokenizer
+        )
+        # Inspect's cache tells models apart by name, base_url and configuration: not by -M.
+        rule, steered = self.landscape.rule.to_dict(), float(torch.as_tensor(self.steering.strength))
+        self.base_url = key_of(
+            self.landscape.digest(),
+            self.landscape.method,
+            rule,
+            steered,
+            str(self.model.dtype),
+            self.system,
+            self.thinking,
         )
         self._lock = Lock()
 
@@ -96,12 +111,15 @@ class ElsteerAPI(ModelAPI):
         import torch
 
         from elsteer.completions import end_ids
-        from elsteer.models import encode_chat
+        from elsteer.models import context_length, encode_chat
 
         if config.system_message and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": config.system_message}, *messages]
         ids = encode_chat(self.tokenizer, messages, system=self.system, thinking=self.thinking)
-        limit = config.max_tokens or _MAX_TOKENS
+        wanted, room = config.max_tokens or _MAX_TOKENS, context_length(self.model) - len(ids)
+        if room < 1:
+            return self._output("", "model_length", len(ids), 0)
+        limit = min(wanted, room)
         options: dict[str, Any] = {"max_new_tokens": limit, "do_sample": bool(config.temperature)}
         if config.temperature:
             given = {"temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k}
@@ -119,14 +137,20 @@ class ElsteerAPI(ModelAPI):
                 **options,
             )
         tokens = made[0, len(ids) :].tolist()
-        text = str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+        text = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
         ended = bool(tokens) and tokens[-1] in end_ids(self.model, self.tokenizer)
-        for stop in config.stop_seqs or []:
-            if text.endswith(stop):
-                text, ended = text[: -len(stop)].rstrip(), True
+        # The last token may go on after a stop sequence, or be more than it.
+        stops = [at for stop in config.stop_seqs or [] if (at := text.find(stop)) >= 0]
+        if stops:
+            text, ended = text[: min(stops)], True
+        reason: StopReason = "stop"
+        if len(tokens) >= limit and not ended:
+            reason = "max_tokens" if limit == wanted else "model_length"
+        return self._output(text.strip(), reason, len(ids), len(tokens))
+
+    def _output(self, text: str, reason: StopReason, asked: int, made: int) -> ModelOutput:
         message = ChatMessageAssistant(content=text, model=self.model_name, source="generate")
-        usage = ModelUsage(input_tokens=len(ids), output_tokens=len(tokens), total_tokens=len(ids) + len(tokens))
-        reason = "max_tokens" if len(tokens) >= limit and not ended else "stop"
+        usage = ModelUsage(input_tokens=asked, output_tokens=made, total_tokens=asked + made)
         choice = ChatCompletionChoice(message=message, stop_reason=reason)
         return ModelOutput(model=self.model_name, choices=[choice], usage=usage)
 

@@ -30,7 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from elsteer.errors import ElsteerError, SteeringError
 from elsteer.landscape import Landscape
-from elsteer.models import load
+from elsteer.models import load, render_chat
 
 __all__ = ["ElsteerLM", "main"]
 
@@ -75,15 +75,28 @@ class ElsteerLM(HFLM):
             raise SteeringError(
                 "Give the tokenizer of the model that is loaded: ElsteerLM(model, landscape, tokenizer=...)."
             )
-        if read.asked_with.get("thinking") is False:  # steering is fitted to where such a chat ends
+        asked = read.asked_with  # steering is fitted to where such a chat ends
+        if asked.get("thinking") is False:
             options.setdefault("enable_thinking", False)
+        elif (
+            asked.get("thinking") and "enable_thinking" not in options
+        ):  # by that name the harness wants a token that ends it
+            options["chat_template_args"] = {"enable_thinking": True, **(options.get("chat_template_args") or {})}
         super().__init__(pretrained=pretrained, tokenizer=tokenizer, batch_size=batch_size or 1, **options)
-        self.landscape = read
+        self.landscape, self.system = read, asked.get("system")
         self.steering = read.attach(pretrained, None if strength is None else float(strength), tokenizer=tokenizer)
 
     @property
     def _plain(self) -> bool:
         return not bool(torch.as_tensor(self.steering.strength).any()) or not self.steering.enabled
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """As in HFLM, with the fit's system prompt before a chat that has none of its own."""
+        if self.system and not (chat_history and chat_history[0]["role"] == "system"):
+            chat_history = [{"role": "system", "content": self.system}, *chat_history]
+        if add_generation_prompt and not self.chat_template_args:  # it finds a place where there is no role for it, too
+            return render_chat(self.tokenizer, chat_history)
+        return str(super().apply_chat_template(chat_history, add_generation_prompt))
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
         """As in HFLM at strength 0. Raises SteeringError at any other: a text by itself has no prompt whose end is steered."""

@@ -15,7 +15,7 @@ from elsteer.prompts.split import (
 )
 from elsteer.prompts.starter import load_starter
 from elsteer.prompts.suite_table import SUITES, Suite
-from elsteer.prompts.suites import load_suite, suite_name
+from elsteer.prompts.suites import check_apart, load_suite, suite_name
 
 __all__ = [
     "FAMILIES",
@@ -25,6 +25,7 @@ __all__ = [
     "Prompt",
     "Suite",
     "attacked",
+    "check_apart",
     "deduplicate",
     "group_near_duplicates",
     "load_starter",

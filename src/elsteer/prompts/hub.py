@@ -72,7 +72,7 @@ def hub_rows(
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
-    expected: tuple[type[Exception], ...] = (DatasetsError, *_http_errors(), OSError, ValueError)
+    expected: tuple[type[Exception], ...] = (DatasetsError, *_http_errors(), OSError, ValueError, RuntimeError)
     try:
         data = load_dataset(hub_id, config, split=split, revision=revision, **(options or {}))
     except expected as error:

@@ -27,7 +27,7 @@ from elsteer.prompts.read import is_hub_id, prompts_from_rows, read_prompts
 from elsteer.prompts.split import sample
 from elsteer.prompts.suite_table import SUITES, Suite
 
-__all__ = ["held", "load_suite", "suite_name", "unknown_suite"]
+__all__ = ["check_apart", "held", "load_suite", "suite_name", "unknown_suite"]
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +65,19 @@ def suite_name(name: str) -> str:
     base, family = _parted(name)
     stem = base if base in SUITES else Path(base).stem
     return f"{stem}+{family}" if family else stem
+
+
+def check_apart(names: Sequence[str]) -> None:
+    """Raises PromptError where two of the suites, called as by `suite_name`, have one name, or one is a part of another."""
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise PromptError(f"Two suites are called {twice[0]!r}: give each once, or rename a file.")
+    for name in names:
+        base, family = _parted(name)
+        for part in SUITES[base].parts if base in SUITES else ():
+            if (inner := f"{part}+{family}" if family else part) in names:
+                raise PromptError(
+                    f"The suite {inner} is a part of {name}, and its prompts would count twice: give one of them."
+                )
 
 
 def held(suite: Suite, data_dir: str | Path | None = None) -> int | None:
