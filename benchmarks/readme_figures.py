@@ -110,7 +110,7 @@ def methods(of_size: dict[str, Figure], size: str) -> list[str]:
     direct = "--published" in of_size["removed"].command
     lines = [
         "",
-        f"Every method tuned by the same tuner on the same dev prompts{', els also on attacks' if direct else ''}:",
+        f"Every method tuned on the same dev prompts ([how](docs/comparison.md)){', els also on attacks' if direct else ''}:",
         "",
         "| method | removed, XSTest safe | OR-Bench-hard | harmful refusals, points: all | HarmBench | XSTest unsafe |",
         "|---|---|---|---|---|---|",
@@ -125,7 +125,7 @@ def methods(of_size: dict[str, Figure], size: str) -> list[str]:
     if any(line.partition(" | ")[0].endswith("(*)") for line in lines):
         lines += [
             "",
-            "(*) No setting kept the bounds of safety and quality on dev: shown is the one that lacked least.",
+            "(*) Breaks the bounds on dev, as the other settings tried did: shown is the one with the best trade.",
         ]
     picture = f"results/frontier-{size}.png"
     lines += ["", f"![Benign prompts answered against harmful prompts refused, by method]({picture})"]

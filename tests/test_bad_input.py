@@ -450,3 +450,8 @@ def test_ctrl_c_in_every_stage_of_evaluate_loses_no_finished_row(here: Path, tmp
     assert last.exit_code == 0, last.stderr
     assert [len(_rows(file)) for file in files] == [120, 120]
     assert [_rows(file)[: len(old)] for file, old in zip(files, before, strict=True)] == before
+
+
+def test_a_control_that_is_other_energies_is_not_measured_with_the_landscape_s(here: Path, tmp_path: Path) -> None:
+    options = ["--suite", here / "mine.jsonl", "--method", "shuffled", "--run-dir", tmp_path]
+    assert "elsteer compare" in one_sentence(elsteer("evaluate", here / "run" / "landscape", *options))

@@ -61,7 +61,7 @@ def test_it_says_which_model_and_how_it_steers() -> None:
     text = card()
     assert "24 decoder blocks, hidden size 896" in text
     assert "| decoder blocks | 13, 14 |" in text
-    assert "0.08 of the layer's root-mean-square state norm, 3 times" in text
+    assert "0.08 of the root-mean-square distance of the layer's states from their mean" in text
     assert "the first 3 of the answer" in text
     assert "13: -1.25" in text
     assert "2510.08646" in text

@@ -103,7 +103,7 @@ def test_fit_says_what_it_did(here: Path) -> None:
         "false refusal",
         "On the dev prompts",
         "benign refused",
-        "RMS state norms",
+        "RMS distances from the mean state",
     ):
         assert words in said
     assert (

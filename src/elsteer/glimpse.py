@@ -1,4 +1,4 @@
-"""Verdicts at a twentieth of the price: what the first generated token says of an answer.
+"""Verdicts for little more than the reading of a prompt: what the first generated token says of an answer.
 
 Greedy answers that begin with the same token mostly get the same verdict ("I" of "I'm sorry", "The", "```"). A part of the
 prompts is answered in full; `FirstTokenJudge` learns from these answers which first tokens decide the verdict, and tells

@@ -133,7 +133,7 @@ class TuningSettings(_Settings):
     etas: tuple[Annotated[float, Field(gt=0)], ...] = Field(
         (0.05, 0.044, 0.07),
         min_length=1,
-        description="Lengths of a step to try, in RMS state norms, the middle one first; 0.1: as trained through the model.",
+        description="Lengths of a step to try, in RMS distances from the mean state, the middle one first; 0.1: as trained.",
     )
     band_share: float = Field(0.25, gt=0, le=1, description="Width of the layer bands to try, as a share of the depth.")
     bands: int = Field(
@@ -192,9 +192,7 @@ class FitSettings(_Settings):
     dev_share: float = Field(
         0.3, gt=0, lt=1, description="Share of the prompts set aside for tuning where no dev set is given."
     )
-    limit: int | None = Field(
-        None, ge=16, description="Training prompts at most, drawn by seed and balanced over sources."
-    )
+    limit: int | None = Field(None, ge=16, description="Training prompts at most, drawn by seed, stratified by source.")
     dev_limit: int | None = Field(None, ge=16, description="Dev prompts at most.")
     attacks: tuple[str, ...] = Field(
         ("all",),

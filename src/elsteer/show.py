@@ -125,7 +125,7 @@ def _rule(found: Landscape) -> dict[str, str]:
     return {
         "method": found.method,
         "strength": f"{rule.strength:g}",
-        "step": f"{rule.eta:.4g} RMS state norms, {rule.steps} {'time' if rule.steps == 1 else 'times'}",
+        "step": f"{rule.eta:.4g} RMS distances from the mean state, {rule.steps} {'time' if rule.steps == 1 else 'times'}",
         "tokens steered": window,
         "guard": "yes" if rule.guard else "no",
         "gate": f"in {len(rule.gates)} layers" if rule.gates else "none",

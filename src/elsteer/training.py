@@ -1,7 +1,8 @@
-"""The energy models of a fit: trained once for each weight of the benign half, kept in the run folder, read again.
+"""The energy models of a fit: trained, kept in the run folder, read again.
 
 The weight of the benign half sets where between fewer false refusals and more safety the energies stand; which weight is
-best shows only in tuning, so each of `settings.training.benign_weights` gets its own energy models, and `Tuner` chooses.
+best shows only in tuning, so there are energy models for each of `settings.training.benign_weights`, and `Tuner` chooses. Product
+energies are trained for the first of them, and u's offset is shifted for the others; networks are trained for each.
 """
 
 from __future__ import annotations

@@ -40,7 +40,9 @@ _TASKS = ("mmlu", "arc", "truthfulqa", "facts", "kl")
 )
 @click.option("--strength", type=float, help="Scales the steps. [default: the landscape's]")
 @click.option("--model", help="Hub id, folder or GGUF file. [default: the model it was fitted to]")
-@click.option("--out", type=FILE, help="Folder for all files. [default: the landscape's run folder]")
+@click.option(
+    "--out", type=FILE, help="Folder for all files. [default: the landscape's run folder, else runs/ and its name]"
+)
 @click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True, help="Prompts at a time.")
 @click.option(
     "--max-new-tokens",

@@ -57,7 +57,7 @@ def judge_options(command: Command) -> Command:
         click.option(
             "--judge-url",
             metavar="URL",
-            help="Base address of an OpenAI-compatible service, for --judge api; its key: ELSTEER_JUDGE_KEY.",
+            help="Address of an OpenAI-compatible service, for --judge api; its key: ELSTEER_JUDGE_KEY, else OPENAI_API_KEY.",
         ),
     ):
         command = option(command)

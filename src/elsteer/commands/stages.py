@@ -18,6 +18,7 @@ from elsteer.commands.shared import (
     read_landscape,
 )
 from elsteer.console import ProgressBars, invocation, note, screen
+from elsteer.errors import PromptError
 from elsteer.options import SettingsCommand, read_settings, settings_options
 from elsteer.settings import FitSettings
 
@@ -166,12 +167,12 @@ def fit(
 @click.option(
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the draw and of the intervals."
 )
-@click.option(
-    "--method", "methods", multiple=True, metavar="NAME", help="A control besides, such as random; may be repeated."
-)
+@click.option("--method", "methods", multiple=True, metavar="NAME", help="A control besides: random; may be repeated.")
 @click.option("--strength", type=float, help="Scales the steps. [default: the landscape's]")
 @click.option("--model", help="Hub id, folder or GGUF file. [default: the model it was fitted to]")
-@click.option("--run-dir", type=FILE, help="Folder for all files. [default: the landscape's run folder]")
+@click.option(
+    "--run-dir", type=FILE, help="Folder for all files. [default: the landscape's run folder, else runs/ and its name]"
+)
 @click.option("--judge", default="rules", show_default=True, help="Who says whether an answer refuses.")
 @judge_options
 @click.option(
@@ -226,6 +227,11 @@ def evaluate(
     from elsteer.judges import get_judge
     from elsteer.prompts import load_suite
 
+    if "shuffled" in methods:
+        raise PromptError(
+            "The control shuffled is other energies, trained on what the fit was answered: elsteer compare MODEL --run-dir RUN "
+            "--methods els,shuffled measures it."
+        )
     judging = get_judge(judge, url=judge_url, model=judge_model)
     for name in suites:
         note(show.count_prompts(load_suite(name, data_dir=data_dir, limit=limit, seed=seed), name))

@@ -38,8 +38,8 @@ class Descent(nn.Module):
 
     tensors: the energy model of the layer (`EnergyModels.tensors_of`, `ProductEnergies.tensors_of`); guard: (d, k)
     orthonormal columns, k may be 0.
-    eta: length of one step in units of the layer's root-mean-square state norm, scale * sqrt(d), times the tensor "length"
-    where there is one (energies trained through the model have it, `elsteer.energy.refine`); steps: K.
+    eta: length of one step in units of the root-mean-square distance of states from their mean, scale * sqrt(d), times the
+    tensor "length" where there is one (energies trained through the model have it, `elsteer.energy.refine`); steps: K.
     gate: tau, rows at or below it stay; None moves every row.
     pooled: whether a step wants u from outside, the mean of `due` over the steered blocks up to this one.
     context_blocks: (first, stop) of the blocks whose values the context is read from, by context_query (H, C) and around

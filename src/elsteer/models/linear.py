@@ -1,8 +1,8 @@
-"""Linear layers on the CPU, two to three times as fast for the few rows of a decoding step.
+"""Linear layers on the CPU, up to three times as fast for the few rows of a decoding step.
 
 For x of n rows, `torch.nn.Linear` asks the matrix library for x W^T with n rows. Where n is small, the libraries are far from
-what the processor can do; (W x^T)^T is the same sum of the same float32 products with the long side first, at 1.2 to 3 times
-the speed for 2 to 4 rows, and for the output layer, whose W is by far the largest, at 1.2 to 3.6 times for 2 to 32
+what the processor can do; (W x^T)^T is the same sum of the same float32 products with the long side first, at 1.2 to 3.6 times
+the speed for 2 to 4 rows, and for the output layer, whose W is by far the largest, at 1.1 to 4.7 times for 2 to 32
 (`benchmarks/bench_linear.py`). Above that it is no faster, and torch's own form runs.
 """
 

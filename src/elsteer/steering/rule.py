@@ -19,7 +19,8 @@ class SteeringRule:
     """How a landscape steers. Raises LandscapeError for values that mean nothing.
 
     layers: the decoder blocks whose input is moved, ascending.
-    eta: length of a step in units of the layer's root-mean-square state norm; steps: K of them in each layer.
+    eta: length of a step in units of the root-mean-square distance of the layer's states from their mean; steps: K of them in
+    each layer.
     window: how many generated tokens after the prompt's last token are steered; 0: the last prompt token alone.
     gates: by layer, the energy tau at or below which a state stays; a layer without one, or None, moves every state.
     guard: whether the harmfulness directions are left as they are.

@@ -1,7 +1,7 @@
 """What a baseline is: a way to make candidates out of the same evidence that a landscape is fitted on.
 
 A `Candidate` is one setting of one method, ready to attach. A `Baseline` makes its candidates from `Evidence`
-(`elsteer.steering.evidence`); the tuner picks among them on dev, by the same rules and with the same number of trials for
+(`elsteer.steering.evidence`); the tuner picks among them on dev, by the same rules and with at most the same number of trials for
 every method. Each baseline is one file beside this one, with its formula and source, and one line in BASELINES.
 """
 
