@@ -61,6 +61,12 @@ def test_a_chat_is_asked_as_in_the_fit(tiny: Tiny) -> None:
         assert lm.enable_thinking is expected
 
 
+def test_several_processes_are_refused(tiny: Tiny, landscape: Landscape, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SteeringError, match="one process"):
+        ElsteerLM(tiny[0], landscape, tokenizer=tiny[1])
+
+
 @pytest.mark.parametrize("template", ["chatml", "gemma"])
 def test_the_fit_s_system_prompt_stands_before_a_chat_without_one(template: str) -> None:
     """Where a template has no place for it, it is put before the user's words, as in the fit."""

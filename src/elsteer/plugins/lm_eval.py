@@ -16,6 +16,7 @@ sums. With strength 0 all is the harness's own class HFLM, to the bit.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -64,6 +65,10 @@ class ElsteerLM(HFLM):
             raise SteeringError(
                 f"The model elsteer does not take {ignored[0]}: it takes pretrained, landscape, strength, revision, "
                 f"dtype, device, batch_size, {', '.join(_OPTIONS)}."
+            )
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # each process would run the whole task
+            raise SteeringError(
+                "The model elsteer runs in one process: start lm-eval without accelerate launch or torchrun."
             )
         if str(batch_size).startswith("auto"):
             raise SteeringError("The model elsteer needs a number for --batch_size: auto cannot be used.")
