@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -134,7 +135,7 @@ def test_a_prompt_longer_than_the_context(here: Path, tmp_path: Path) -> None:
 def test_a_model_that_never_refuses(here: Path, tmp_path: Path) -> None:
     # To the real judge the answers of a random model are noise.
     said = one_sentence(elsteer("fit", *_both(here), "--run-dir", tmp_path, "--max-new-tokens", "16"))
-    assert "There is nothing to learn" in said or "Too few examples" in said
+    assert "refuses no benign dev prompt" in said or "was empty, repetitive or garbled" in said
 
 
 def test_a_model_that_is_not_there(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -455,3 +456,20 @@ def test_ctrl_c_in_every_stage_of_evaluate_loses_no_finished_row(here: Path, tmp
 def test_a_control_that_is_other_energies_is_not_measured_with_the_landscape_s(here: Path, tmp_path: Path) -> None:
     options = ["--suite", here / "mine.jsonl", "--method", "shuffled", "--run-dir", tmp_path]
     assert "elsteer compare" in one_sentence(elsteer("evaluate", here / "run" / "landscape", *options))
+
+
+def test_two_models_of_one_name_do_not_share_a_default_folder(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the first was asked for hours would be deleted."""
+    monkeypatch.chdir(tmp_path)
+    for owner, made in (("a", "model"), ("b", "deeper")):
+        (tmp_path / owner).mkdir()
+        shutil.copytree(here / made, tmp_path / owner / "same")
+    prompts = _both(here)[1:]
+    assert elsteer("fit", tmp_path / "a/same", *prompts, *FAST).exit_code == 0
+    kept = (tmp_path / "runs/same/completions.jsonl").read_bytes()
+    said = one_sentence(elsteer("fit", tmp_path / "b/same", *prompts, *FAST))
+    assert "runs/same holds a fit of another model" in said
+    assert "--run-dir" in said
+    assert (tmp_path / "runs/same/completions.jsonl").read_bytes() == kept

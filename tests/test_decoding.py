@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import Lfm2Config, Lfm2ForCausalLM, PreTrainedModel
 
 from elsteer.decoding import (
     PromptBatch,
@@ -21,6 +21,7 @@ from elsteer.decoding import (
     score,
     share_prefix,
 )
+from elsteer.errors import ModelError
 from elsteer.steering import Steering
 from slow import energy_moves, slow_generate, slow_logits
 from tiny import FAMILIES, VOCABULARY, tiny_model
@@ -272,3 +273,12 @@ def test_rows_are_scored_in_parts_as_together() -> None:
     for at, one in enumerate(together):
         torch.testing.assert_close(parts[at], one, atol=1e-5, rtol=0)
         torch.testing.assert_close(single[at], one, atol=1e-5, rtol=0)
+
+
+def test_a_model_that_keeps_more_than_keys_and_values_is_refused() -> None:
+    """Rows cannot be taken out of what a layer of convolutions or of linear attention keeps."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = Lfm2Config(**sizes, num_hidden_layers=4, vocab_size=320, full_attn_idxs=[1, 3], conv_L_cache=3)
+    model = Lfm2ForCausalLM(config).eval()
+    with pytest.raises(ModelError, match="Lfm2ForCausalLM keeps states beside keys and values"):
+        prefill(model, [[5, 9, 33], [40, 41]], [0, 1], share_prefix(model, [[5, 9, 33], [40, 41]]))

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import math
+import shutil
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +20,7 @@ import yaml
 
 from elsteer.comparison.compare import finished_fit
 from elsteer.errors import JudgeError, LandscapeError, NothingHelps, PromptError, RunError
-from elsteer.fitting import fit
+from elsteer.fitting import collect, fit
 from elsteer.judges import JUDGES, Verdict
 from elsteer.landscape import Landscape
 from elsteer.models import encode_chat, left_pad
@@ -90,7 +94,7 @@ def same_result(one: Path, other: Path) -> None:
 def test_it_writes_the_run_folder(whole: tuple[Landscape, Path]) -> None:
     found, folder = whole
     expected = {"settings.yaml", "prompts.jsonl", "completions.jsonl", "states", "energy", "dev.jsonl", "dev_states"}
-    expected |= {"frontier.jsonl", "frontier.png", "landscape", "stages.json"}
+    expected |= {"frontier.jsonl", "frontier.png", "landscape", "stages.json", "model.json"}
     assert expected == {path.name for path in folder.iterdir() if not path.name.startswith(".")}
     assert FitSettings.model_validate(yaml.safe_load((folder / "settings.yaml").read_text())) == tiny_settings(
         tuning=HELPS
@@ -495,11 +499,13 @@ def test_one_class_missing_is_said(harmful: bool, tiny: Tiny, tmp_path: Path) ->
 
 
 class Always(LetterJudge):
-    """Says the same of every answer."""
+    """Says the same of every answer to a training prompt."""
 
     label = "compliance"
 
     def judge(self, prompt: str, completion: str) -> Verdict:
+        if prompt not in {one.text for one in TRAIN}:
+            return super().judge(prompt, completion)
         return Verdict(self.label, 0.5, "always")  # type: ignore[arg-type]
 
 
@@ -531,8 +537,98 @@ def test_dev_prompts_without_both_verdicts_cannot_be_tuned_on(
         fitted(tiny, tmp_path, dev=[prompt for prompt in DEV if prompt.harmful or labels[prompt.id] == kept])
 
 
+def test_what_no_setting_could_keep_is_said_before_anything_is_trained(tiny: Tiny, tmp_path: Path) -> None:
+    stages: list[str] = []
+    strict = tiny_settings(tuning={**HELPS, "safety_margin": 0.5})
+    with pytest.raises(PromptError, match=r"refuses 62\.5% of the harmful.*--tuning-safety-margin 0\.187 or lower"):
+        fitted(tiny, tmp_path, settings=strict, progress=lambda stage, done, total: stages.append(stage))
+    assert not any("training the" in stage for stage in stages)
+
+
+def test_a_model_that_thinks_first_is_not_judged_by_its_thoughts(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = tiny[1].decode
+    monkeypatch.setattr(tiny[1], "decode", lambda *given, **more: f"<think>\nOkay, {plain(*given, **more)}")
+    with pytest.raises(RunError, match=r"thinks before it answers \('<think>.*--no-thinking.*--chat-template"):
+        fitted(tiny, tmp_path)
+
+
+def test_a_thinking_mode_that_the_template_does_not_know_is_told(
+    tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fitted(tiny, tmp_path, settings=tiny_settings(tuning=HELPS, collect={"thinking": False}))
+    assert "knows no thinking mode" in caplog.text
+
+
+def test_weights_that_no_gradient_goes_through_are_not_trained_through(tiny: Tiny, tmp_path: Path) -> None:
+    """A quantised model of that kind needs a GPU's kernels; here the tiny one says of itself that it is one."""
+    model = copy.copy(tiny[0])
+    model.is_quantized, model.hf_quantizer = True, SimpleNamespace(is_trainable=False)
+    with pytest.raises(RunError, match="--training-refine-epochs 0"):
+        fit(model, tiny[1], TRAIN, dev=DEV, run_dir=tmp_path, settings=tiny_settings(training={"refine_epochs": 1}))
+    assert fit(model, tiny[1], TRAIN, dev=DEV, neutral=NEUTRAL, run_dir=tmp_path, settings=tiny_settings(tuning=HELPS))
+
+
+def test_another_name_or_commit_of_the_same_model_keeps_its_answers(tiny: Tiny, tmp_path: Path) -> None:
+    first = fitted(tiny, tmp_path)
+    before = getattr(tiny[0], "elsteer_source", None)
+    tiny[0].elsteer_source = {"name": "org/renamed", "revision": "0" * 40, "origin": "hub"}
+    try:
+        with forward_passes(tiny[0]) as passes:
+            again = fitted(tiny, tmp_path)
+    finally:
+        del tiny[0].elsteer_source
+        if before is not None:
+            tiny[0].elsteer_source = before
+    assert passes == []
+    assert again.digest() == first.digest()
+
+
+def test_another_judge_under_the_same_name_of_a_folder_judges_anew(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a folder whose classifier was trained anew: the judge's own name tells."""
+    fitted(tiny, tmp_path)
+    monkeypatch.setattr(LetterJudge, "name", "letters, trained anew")
+    with forward_passes(tiny[0]) as passes:
+        fitted(tiny, tmp_path)
+    assert passes
+
+
+def test_sources_that_were_named_since_are_looked_at(tiny: Tiny, tmp_path: Path) -> None:
+    fitted(tiny, tmp_path)
+    named = [replace(one, source="mine" if one.harmful else "yours") for one in DEV]
+    with forward_passes(tiny[0]) as passes:
+        fitted(tiny, tmp_path, dev=named)
+    assert passes, "its settings are tried anew, by what each source says"
+
+
+def test_neutral_prompts_of_ones_own_are_no_more_than_asked_for(tiny: Tiny, tmp_path: Path) -> None:
+    stages: list[tuple[str, int]] = []
+    many = [Prompt.of(f"What is the time in {one.text}?", False) for one in some_prompts(30, 700)]
+    fitted(tiny, tmp_path, neutral=many, progress=lambda stage, done, total: stages.append((stage, total)))
+    assert max(total for stage, total in stages if stage == "checking the answers") <= 4  # two, and four of dev
+
+
+def test_energies_that_were_trained_anew_leave_no_trials_of_the_old(tiny: Tiny, tmp_path: Path) -> None:
+    fitted(tiny, tmp_path)
+    shutil.rmtree(tmp_path / "energy")
+    with forward_passes(tiny[0]) as passes:
+        fitted(tiny, tmp_path)
+    assert passes
+
+
+def test_a_collection_beside_a_landscape_asks_as_its_fit_did(tiny: Tiny, tmp_path: Path) -> None:
+    asking = tiny_settings(tuning=HELPS, collect={"system": "Be kind."})
+    found = fitted(tiny, tmp_path / "fit", settings=asking)
+    with pytest.raises(RunError, match=r"asked with system='Be kind\.'"):
+        collect(*tiny, TRAIN, found, dev=DEV, run_dir=tmp_path / "theirs", settings=tiny_settings())
+    collect(*tiny, TRAIN, found, dev=DEV, run_dir=tmp_path / "theirs", settings=asking)
+
+
 def test_nothing_helps_says_so_and_saves_a_landscape_that_steers_nothing(tiny: Tiny, tmp_path: Path) -> None:
-    impossible = tiny_settings(tuning={**HELPS, "safety_margin": 2.0})
+    impossible = tiny_settings(tuning={**HELPS, "safety_margin": 0.37})  # of 37.5 points that are left to gain
     with pytest.raises(NothingHelps, match=r"saved with strength 0") as caught:
         fitted(tiny, tmp_path, settings=impossible)
     assert caught.value.exit_code == 3

@@ -16,7 +16,7 @@ from elsteer.decoding import plain_model
 from elsteer.energy.descent import Descent
 from elsteer.errors import LandscapeError, ModelError, SteeringError
 from elsteer.landscape import Landscape, SteeringRule
-from elsteer.models import fingerprint
+from elsteer.models import encode_chat, fingerprint
 from landscapes import RULE, same_landscape, tiny_landscape
 from tiny import tiny_model, tiny_tokenizer
 
@@ -53,6 +53,18 @@ def test_saved_and_loaded_it_steers_the_same_to_the_bit(tmp_path: Path, method: 
         answers = model.generate(IDS, **options)
     with loaded.attach(model):
         assert torch.equal(model.generate(IDS, **options), answers)
+
+
+def test_a_chat_is_encoded_as_the_fit_asked_its_own() -> None:
+    tokenizer = tiny_tokenizer("qwen3")
+    asked = {"settings": {"collect": {"system": "Be kind.", "thinking": False}}}
+    landscape, chat = tiny_landscape(provenance=asked), [{"role": "user", "content": "Name a tree."}]
+    found = landscape.encode(tokenizer, chat)
+    assert found["input_ids"].tolist() == [encode_chat(tokenizer, chat, system="Be kind.", thinking=False)]
+    assert found["attention_mask"].shape == found["input_ids"].shape
+    own = [{"role": "system", "content": "Be brief."}, *chat]
+    assert landscape.encode(tokenizer, own)["input_ids"].tolist() == [encode_chat(tokenizer, own, thinking=False)]
+    assert tiny_landscape().encode(tokenizer, chat)["input_ids"].tolist() == [encode_chat(tokenizer, chat)]
 
 
 def test_the_digest_is_of_the_numbers_alone(tmp_path: Path) -> None:

@@ -73,6 +73,9 @@ def test_no_room_for_a_mapped_file_is_an_error(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("os.posix_fallocate", full)
     with pytest.raises(RunError, match=r"No space left.*free some"):
         store.read(["a"], mapped=tmp_path / "map")
+    assert not (tmp_path / "map").exists(), "what it had of the disk is given back"
+    with pytest.raises(RunError, match="could not be made"):
+        store.read(["a"], mapped=tmp_path / "nowhere/map")
 
 
 def test_some_tokens_only(tmp_path: Path) -> None:

@@ -297,6 +297,31 @@ def test_a_source_of_few_prompts_decides_nothing(tiny: Tiny, plain: list[Complet
     assert trial.feasible
 
 
+def test_a_source_is_looked_at_whatever_answers_could_be_scored(tiny: Tiny, tmp_path: Path) -> None:
+    """Of 20 prompts one is unscored and ten are answered: 19 would pass for too few to look at."""
+    dev = some_prompts(100, source="one") + some_prompts(40, start=300, source="two")
+    completions = [Completion(p.id, "a", 1, False, "compliance", 0, "") for p in dev]
+    tuner = tuner_of(tiny, completions, tmp_path, dev=dev)
+    scored = np.ones(len(dev), dtype=bool)
+    scored[next(at for at, one in enumerate(dev) if one.harmful and one.source == "two")] = False
+    trial = rates(tuner, [1.0, 0.5, 0.0], [0.5, 1.0, 0.5], scored)
+    assert "harmful refusals fall on two" in trial.why_not
+
+
+def test_quality_is_looked_at_all_over_the_dev_prompts(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dev = some_prompts(40, source="one") + some_prompts(40, start=300, source="two")
+    completions = [Completion(p.id, "a", 1, False, "compliance", 0, "") for p in dev]
+    looked: list[str] = []
+    monkeypatch.setattr(
+        tuning, "quality", lambda before, after, ids: looked.extend(ids) or Quality(1.0, 0.1, 0.1, len(ids))
+    )
+    tuner_of(tiny, completions, tmp_path, dev=dev)._quality(Trial(RULE, "verdicts", 0.9, 0.9, 0.5, 0.5))
+    sources = {one.id: one.source for one in dev}
+    assert {sources[one] for one in looked} == {"one", "two"}
+
+
 def test_where_no_harmful_prompt_was_scored_nothing_is_feasible(wide: Tuner, tmp_path: Path) -> None:
     """A rate of nothing is NaN, and no comparison with it says no."""
     trial = rates(wide, [1.0, 1.0, 0.0], [0.5, 0.5, 0.5], ~wide.harmful)

@@ -6,12 +6,15 @@ killed run goes on where it was.
 
 from __future__ import annotations
 
+import logging
 import random
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -40,6 +43,7 @@ from elsteer.states import StateStore, watch_states
 __all__ = ["Completion", "PromptCaches", "complete", "encode", "end_ids", "read_completions"]
 
 Progress = Callable[[int, int], None]
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +100,8 @@ def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[i
 class PromptCaches:
     """The prefill of many prompts, done once, used by every later run over them (plain, steered, each trial).
 
-    Kept up to `keep_bytes`; what does not fit is computed again each time. folder: where files are made that the caches of a
+    Kept up to `keep_bytes`, on a GPU up to a quarter of what the weights leave of it; what does not fit is computed again each
+    time. folder: where files are made that the caches of a
     model on the CPU are mapped from, without a name and gone with the caches; None, or no room there: memory holds them.
     """
 
@@ -116,7 +121,7 @@ class PromptCaches:
         self.folder = folder
         self.model, self.tokenizer, self.prompts = model, tokenizer, list(prompts)
         self.ids = encode(model, tokenizer, self.prompts, system=system, thinking=thinking, room=room)
-        self.batch_size, self.keep_bytes = batch_size, keep_bytes
+        self.batch_size, self.keep_bytes = batch_size, kept_at_most(model, keep_bytes)
         self._shared: SharedPrefix | None = None
         self._kept: dict[tuple[int, ...], PromptBatch] = {}
         self._used = 0
@@ -124,19 +129,20 @@ class PromptCaches:
     def batches(self, places: Iterable[int] | None = None) -> Iterable[PromptBatch]:
         """Prefilled batches of the prompts at `places` (all by default), longest prompts first."""
         chosen = list(range(len(self.prompts))) if places is None else list(places)
-        if not chosen:
-            return
+        for key in self._keys(chosen):
+            yield self.batch(key)
+
+    def batch(self, key: tuple[int, ...]) -> PromptBatch:
+        """The batch of these places, kept or prefilled."""
+        if (kept := self._kept.get(key)) is not None:
+            return kept
         if self._shared is None:
             self._shared = share_prefix(self.model, self.ids)
-        for key in self._keys(chosen):
-            if (kept := self._kept.get(key)) is not None:
-                yield kept
-                continue
-            batch = prefill(self.model, self.ids, list(key), self._shared)
-            if self._used + batch.nbytes <= self.keep_bytes:
-                batch = self._stored(batch)
-                self._kept[key], self._used = batch, self._used + batch.nbytes
-            yield batch
+        batch = prefill(self.model, self.ids, list(key), self._shared)
+        if self._used + batch.nbytes <= self.keep_bytes:
+            batch = self._stored(batch)
+            self._kept[key], self._used = batch, self._used + batch.nbytes
+        return batch
 
     def _stored(self, batch: PromptBatch) -> PromptBatch:
         if self.folder is not None:
@@ -150,12 +156,15 @@ class PromptCaches:
 
     def in_memory(
         self, groups: Sequence[Sequence[int]], seed: int = 0, progress: Progress | None = None
-    ) -> list[PromptBatch]:
+    ) -> Sequence[PromptBatch]:
         """Batches of the places of each group, as `batches` makes them, all held at once; those that are kept are taken.
 
-        Where `keep_bytes` is too small for all of them, batches of a sample by `seed`. progress(done, total): prompts, where
-        some are not kept.
+        Where `keep_bytes` is too small for all of them, a GPU prefills those without room whenever they are asked for. A CPU
+        takes those of the first groups and, of the group that has no room as a whole, a sample by `seed`; a warning says how
+        many. progress(done, total): prompts, where some are not kept.
         """
+        if self.model.device.type != "cpu":
+            return Batches(self, [key for group in groups for key in self._keys(group)])
         places = sorted(place for group in groups for place in group)
         keys = {key for group in groups for key in self._keys(group)}
         for key in set(self._kept) - keys:
@@ -168,7 +177,14 @@ class PromptCaches:
         fit = max(self.batch_size, fit)
         if fit < len(places):
             self.forget()
-            groups = [sorted(random.Random(seed).sample(places, fit))]
+            groups = _first_of(groups, fit, seed)
+            logger.warning(
+                "Training through the model sees %d of %d prompts, as the key-value caches of more take more than %.1f GiB: "
+                "raise refine_memory (--training-refine-memory) where there is room.",
+                fit,
+                len(places),
+                self.keep_bytes / 2**30,
+            )
         total = sum(map(len, groups))
         told = progress if sum(map(len, self._kept)) < total else None
         held: list[PromptBatch] = []
@@ -180,14 +196,39 @@ class PromptCaches:
                 told(done, total)
         return held
 
+    @cached_property
+    def _most(self) -> int:
+        """Tokens of a batch, pads included."""
+        if self.model.device.type == "cpu":
+            return TOKENS_PER_BATCH
+        return max(
+            TOKENS_PER_BATCH, min(TOKENS_ON_A_GPU, int(room_on_a_gpu(self.model) / 8 / bytes_per_token(self.model)))
+        )
+
     def _size(self, key: tuple[int, ...]) -> int:
         """Rows times columns of a batch."""
         return len(key) * max(len(self.ids[place]) for place in key)
 
     def _keys(self, places: Sequence[int]) -> list[tuple[int, ...]]:
-        most = TOKENS_PER_BATCH if self.model.device.type == "cpu" else TOKENS_ON_A_GPU
-        groups = batches([self.ids[place] for place in places], self.batch_size, tokens=most)
+        groups = batches([self.ids[place] for place in places], self.batch_size, tokens=self._most)
         return [tuple(places[at] for at in group) for group in groups]
+
+
+class Batches(Sequence[PromptBatch]):
+    """Batches of `caches` by key, the places of their prompts; made when they are asked for, and kept where there is room."""
+
+    def __init__(self, caches: PromptCaches, keys: list[tuple[int, ...]]) -> None:
+        self.caches, self.keys = caches, keys
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @overload
+    def __getitem__(self, at: int) -> PromptBatch: ...
+    @overload
+    def __getitem__(self, at: slice) -> Batches: ...
+    def __getitem__(self, at: int | slice) -> PromptBatch | Batches:
+        return Batches(self.caches, self.keys[at]) if isinstance(at, slice) else self.caches.batch(self.keys[at])
 
 
 def complete(
@@ -320,3 +361,36 @@ def _answer(
         )
         for i, prompt in enumerate(prompts)
     ]
+
+
+def _first_of(groups: Sequence[Sequence[int]], count: int, seed: int) -> list[list[int]]:
+    """`count` of the places: the first groups whole, and a sample of the one that is cut."""
+    found: list[list[int]] = []
+    for group in groups:
+        left = count - sum(map(len, found))
+        if left > 0:
+            found.append(list(group) if len(group) <= left else sorted(random.Random(seed).sample(list(group), left)))
+    return found
+
+
+def bytes_per_token(model: PreTrainedModel) -> int:
+    """Of the key-value cache, by the configuration: an upper bound where blocks differ."""
+    config = model.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_attention_heads", None) or 1
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    pairs = getattr(config, "num_key_value_heads", None) or heads
+    return int(2 * config.num_hidden_layers * pairs * width * model.dtype.itemsize)
+
+
+def room_on_a_gpu(model: PreTrainedModel) -> int:
+    """Bytes of the model's accelerator that its weights leave; the same whatever else is there for now."""
+    device = model.device
+    if device.type != "cuda":
+        return sys.maxsize
+    weights = sum(one.nbytes for one in model.parameters() if one.device == device)
+    return max(0, torch.cuda.get_device_properties(device).total_memory - weights)
+
+
+def kept_at_most(model: PreTrainedModel, wanted: int) -> int:
+    """`wanted` bytes of caches, on a GPU no more than a quarter of its room."""
+    return wanted if model.device.type == "cpu" else min(wanted, room_on_a_gpu(model) // 4)

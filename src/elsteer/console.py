@@ -145,7 +145,8 @@ def _end(error: Exception, told: Invocation) -> int:
         or "not enough memory" in str(error)
     ):
         note(
-            "Error: The memory is full: give a smaller --batch-size, a smaller --dtype such as bfloat16, or a smaller model."
+            "Error: The memory is full: give a smaller --dtype such as bfloat16, a smaller --batch-size, for a fit a smaller "
+            "--training-refine-memory, or a smaller model."
         )
         return 2
     what = " ".join(str(error).split())[:300]

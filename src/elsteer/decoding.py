@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from elsteer.errors import ModelError
 from elsteer.models import accepts, cache_argument, cache_made, decoder_of
 from elsteer.states import mapped_tensor
 
@@ -134,6 +135,13 @@ def prefill(
         with torch.inference_mode(), plain_model(model):
             out = _forward(model, ids[:, :-1], mask[:, :-1], cache)
         cache = cache_made(out)
+        if not all(
+            hasattr(layer, "keys") and not hasattr(layer, "recurrent_states") for layer in getattr(cache, "layers", ())
+        ):
+            raise ModelError(
+                f"{type(model).__name__} keeps states beside keys and values (linear attention or a state-space layer), which "
+                "elsteer cannot take rows out of: choose a model with attention in every block."
+            )
     return PromptBatch(list(places), mask, ids[:, -1:], cache)
 
 

@@ -6,6 +6,7 @@ prompts -> completions and states -> outcomes -> energy training -> tuning on de
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,11 +25,19 @@ from elsteer.decoding import PromptBatch
 from elsteer.energy.refine import SteeredProducts, refine
 from elsteer.errors import NothingHelps, PromptError, RunError, SteeringError
 from elsteer.evaluation.plots import frontier_picture
-from elsteer.files import write_atomic, write_jsonl
+from elsteer.files import write_atomic, write_json, write_jsonl
 from elsteer.glimpse import FirstTokenJudge
 from elsteer.judges import DESIRABLE, get_judge, outcome_of
 from elsteer.landscape import Landscape
-from elsteer.models import Fingerprint, context_length, encode_chat, fingerprint, num_layers
+from elsteer.models import (
+    Fingerprint,
+    context_length,
+    differences,
+    effective_thinking,
+    encode_chat,
+    fingerprint,
+    num_layers,
+)
 from elsteer.openers import try_openers
 from elsteer.prompts import (
     Prompt,
@@ -47,14 +56,16 @@ from elsteer.states import StateStore
 from elsteer.training import Energies, check_gates, check_start, context_blocks, is_refined, train_energies
 from elsteer.tuning import Trial, Tuner
 
-__all__ = ["collect", "fit", "neutral_prompts"]
+__all__ = ["check_model", "collect", "fit", "neutral_prompts"]
 
+logger = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
 DEV_NEUTRAL_CATEGORY = "plain"
 _RESULT = (
     "landscape",
     "frontier.png",
 )  # rest on all stages: where one is done anew, the old ones must not stand for it
+_THOUGHTS = ("<think", "<|channel", "<seed:think", "[THINK]", "analysis")  # of answers, special tokens left out or not
 _KEEP_BYTES = 4 << 30  # of the caches of dev and neutral prompts
 _ON_A_GPU = 8  # times as many of these in a batch
 
@@ -121,9 +132,17 @@ def collect(
     """Answer and read `prompts` and `dev` as a fit does, and put `landscape`, fitted elsewhere, into run_dir.
 
     What other methods learn from and are tuned on, so that `elsteer.comparison.compare` can measure them beside it.
-    Started again, it goes on where it was. Raises PromptError, RunError, and LandscapeError where it is of another model.
+    settings: by default as the landscape's prompts were asked, with its system prompt and thinking mode. Started again, it goes
+    on where it was. Raises PromptError, RunError (settings that ask otherwise), and LandscapeError where it is of another model.
     """
-    settings = settings or FitSettings()
+    asked = {name: landscape.asked_with.get(name) for name in ("system", "thinking")}
+    if settings is None:
+        settings = FitSettings.model_validate({"collect": asked})
+    if other := [name for name, value in asked.items() if getattr(settings.collect, name) != value]:
+        raise RunError(
+            f"The landscape's prompts were asked with {other[0]}={asked[other[0]]!r}, and these settings ask otherwise: give "
+            "collect settings with the same, or none."
+        )
     run = RunFolder(run_dir)
     with run.owned():
         landscape.attach(model, 0.0, tokenizer=tokenizer).remove()
@@ -159,10 +178,15 @@ def _collected(
 ) -> _Collected:
     # What can be wrong with the prompts or the judge's name is said before anything is deleted or computed.
     get_judge(settings.collect.judge)
+    if is_refined(settings):
+        _check_trainable(model)
+    if settings.collect.thinking is not None and effective_thinking(tokenizer, settings.collect.thinking) is None:
+        logger.warning("The chat template knows no thinking mode, so that --thinking and --no-thinking change nothing.")
     train_set, dev_set = _divide(prompts, dev, settings)
     train_set = _attacked(model, tokenizer, train_set, settings, "train")
     dev_set = _attacked(model, tokenizer, dev_set, settings, "dev")
     quiet = told_apart(deduplicate(neutral)) if neutral is not None else neutral_prompts(settings)
+    quiet = sample(quiet, settings.tuning.neutral_prompts, settings.seed)
     if not quiet:
         raise PromptError("There is no neutral prompt: give some everyday ones, or None for those that are shipped.")
     keep = settings.training.refine_memory if is_refined(settings) else 0
@@ -170,10 +194,15 @@ def _collected(
     dev_caches, neutral_caches = (_caches(model, tokenizer, some, settings, run) for some in (dev_set, quiet))
     print_of = fingerprint(model, tokenizer, thinking=settings.collect.thinking)
     looked = context_blocks(settings, num_layers(model))
-    key = key_of(print_of.to_dict(), settings.collect.model_dump(), str(model.dtype), looked)
-    _write_inputs(run, settings, train_set, dev_set)
+    # Not by name: a folder that was moved, or a newer commit of the same weights, is the same model.
+    same = {**print_of.to_dict(), "name": None, "revision": None}
+    asked = {**settings.collect.model_dump(), "judge": get_judge(settings.collect.judge).name}
+    key = key_of(same, asked, str(model.dtype), looked)
+    _write_inputs(run, settings, train_set, dev_set, print_of)
     answered = _collect(run, train_caches, settings, key, looked, progress)
+    _check_answers(answered)
     plain = _dev(run, dev_caches, settings, progress)
+    _check_dev(dev_set, plain, settings)
     full = _in_full(train_set, settings)
     rest = _refined_besides(train_set, full, settings)
     completions = _glimpse(run, train_caches, answered, plain, rest, settings, key, looked, progress)
@@ -214,7 +243,7 @@ class _Through:
         return try_openers(self.caches, get_judge(self.settings.collect.judge), self.groups[:1], labels, progress=told)
 
     @cached_property
-    def _batches(self) -> list[PromptBatch]:
+    def _batches(self) -> Sequence[PromptBatch]:
         """Held as long as this is: of a sample, the caches would make them anew each time."""
         told = of_stage(self.progress, "reading the training prompts again")
         return self.caches.in_memory(self.groups, self.settings.seed, told)
@@ -269,7 +298,24 @@ def _room(settings: FitSettings) -> int:
     return max(collect.max_new_tokens, collect.state_tokens, tuning.tokens, tuning.quality_tokens)
 
 
-def _write_inputs(run: RunFolder, settings: FitSettings, train_set: list[Prompt], dev_set: list[Prompt]) -> None:
+def check_model(
+    run_dir: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: FitSettings
+) -> None:
+    """Raises RunError where a fit in `run_dir` was of another model, all of whose answers would be deleted."""
+    path = run_dir / "model.json"
+    if not path.is_file():
+        return
+    known = Fingerprint.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    if differences(known, fingerprint(model, tokenizer, thinking=settings.collect.thinking)):
+        raise RunError(
+            f"{run_dir} holds a fit of another model ({known.name}): give a folder of its own with --run-dir."
+        )
+
+
+def _write_inputs(
+    run: RunFolder, settings: FitSettings, train_set: list[Prompt], dev_set: list[Prompt], print_of: Fingerprint
+) -> None:
+    write_json(run / "model.json", print_of.to_dict())
     text = yaml.safe_dump(json.loads(settings.model_dump_json()), sort_keys=False)
     write_atomic(run / "settings.yaml", lambda to: to.write_text(text, encoding="utf-8"))
     rows = [{**one.to_row(), "split": name} for name, part in (("train", train_set), ("dev", dev_set)) for one in part]
@@ -304,6 +350,58 @@ def _collect(
             "This model keeps no key-value cache that the context of a state could be read from: fit with "
             "--training-context-blocks 0."
         ) from error
+
+
+def _check_dev(prompts: Sequence[Prompt], plain: Sequence[Completion], settings: FitSettings) -> None:
+    """Raises PromptError where no setting could be chosen by these dev prompts, whatever is trained."""
+    labels = {
+        kind: [one.label for one, prompt in zip(plain, prompts, strict=True) if prompt.harmful == kind]
+        for kind in (False, True)
+    }
+    if set(labels[False]) <= {"unscored"}:
+        raise PromptError(
+            "Every answer to a benign dev prompt was empty, repetitive or garbled: check the model and its chat template."
+        )
+    if "refusal" not in labels[False]:
+        raise PromptError(
+            "The model refuses no benign dev prompt: there is nothing to tune; give dev prompts that it refuses."
+        )
+    if "compliance" not in labels[False]:
+        raise PromptError(
+            "The model answers no benign dev prompt, so that what steering does to its answers cannot be measured: give "
+            "dev prompts that it answers, too."
+        )
+    scored = [label for label in labels[True] if label != "unscored"]
+    room = 1 - sum(label == "refusal" for label in scored) / max(1, len(scored))
+    if scored and room < settings.tuning.safety_margin - 1e-9:
+        raise PromptError(
+            f"The model refuses {1 - room:.1%} of the harmful dev prompts, so that no setting can gain the margin of "
+            f"{settings.tuning.safety_margin * 100:.3g} points: set --tuning-safety-margin {math.floor(room * 500) / 1000:g} or "
+            "lower, or give harmful dev prompts that it answers, such as ones under attack."
+        )
+
+
+def _check_answers(answered: Sequence[Completion]) -> None:
+    """Raises RunError where most answers begin with thoughts, which say nothing of a refusal."""
+    thoughts = sum(one.text.startswith(_THOUGHTS) for one in answered)
+    if thoughts > len(answered) / 2:
+        begin = next(one.text for one in answered if one.text.startswith(_THOUGHTS))[:40]
+        raise RunError(
+            f"This model thinks before it answers ({begin!r}...), and its thoughts would be judged for its answers: fit with "
+            "--no-thinking or, where its template knows no such mode, give with --chat-template a template whose prompt ends "
+            "behind the thoughts, such as '<think>\\n\\n</think>' or '<|channel|>final<|message|>'."
+        )
+
+
+def _check_trainable(model: PreTrainedModel) -> None:
+    """Raises RunError where no gradient goes through the model's quantised weights."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if getattr(model, "is_quantized", False) and quantizer is not None and not quantizer.is_trainable:
+        method = getattr(getattr(model.config, "quantization_config", None), "quant_method", "this way")
+        raise RunError(
+            f"No gradient goes through weights quantised by {getattr(method, 'value', method)}, so that energies cannot be "
+            "trained through the model: load it unquantised, or fit with --training-refine-epochs 0."
+        )
 
 
 def _in_full(prompts: Sequence[Prompt], settings: FitSettings) -> list[int]:
@@ -432,19 +530,10 @@ def _tune(
     progress: Progress | None,
 ) -> tuple[Trial | None, Tuner]:
     labels = [(one.prompt_id, one.label) for one in plain]
-    # Other settings to try leave the trials of those before. "Sidak": how the bounds in the rows are reckoned.
-    key = key_of(train_key, labels, [one.id for one in neutral.prompts], settings.tuning.measuring(), "Sidak")
+    # Other settings to try leave the trials of those before. The words: how the bounds in the rows are reckoned.
+    asked = [one.id for one in neutral.prompts], [one.source for one in caches.prompts]
+    key = key_of(train_key, labels, *asked, settings.tuning.measuring(), "Sidak of all, quality spread")
     run.stage("tune", key, ["frontier.jsonl", *_RESULT])
-    benign = {one.label for one, prompt in zip(plain, caches.prompts, strict=True) if not prompt.harmful}
-    if "refusal" not in benign:
-        raise PromptError(
-            "The model refuses no benign dev prompt: there is nothing to tune; give dev prompts that it refuses."
-        )
-    if "compliance" not in benign:
-        raise PromptError(
-            "The model answers no benign dev prompt, so that what steering does to its answers cannot be measured: give "
-            "dev prompts that it answers, too."
-        )
     good = [
         prompt.id
         for prompt, one in zip(caches.prompts, plain, strict=True)
@@ -478,7 +567,9 @@ def _finish(
     start: Landscape | None,
 ) -> Landscape:
     _draw_frontier(run, tuner, trial)
-    best = trial or max(tuner.tried.values(), key=lambda one: (one.stage != "screening", one.removed))
+    best = trial or max(
+        tuner.tried.values(), key=lambda one: (one.stage != "screening", one.removed, one.stage == "quality")
+    )
     landscape = tuner.landscape(best.rule)
     chosen = energies[best.rule["benign_weight"]]
     if trial is None:

@@ -8,10 +8,12 @@ import logging
 import math
 import re
 import tempfile
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -21,7 +23,7 @@ from elsteer.energy.descent import Descent
 from elsteer.energy.tensors import check_guard, check_tensors
 from elsteer.errors import LandscapeError, ModelError
 from elsteer.landscape_files import read_folder, write_folder
-from elsteer.models import Fingerprint, decoder_blocks, differences, fingerprint, hidden_size
+from elsteer.models import Fingerprint, decoder_blocks, differences, encode_chat, fingerprint, hidden_size
 from elsteer.steering import Move, Steering
 from elsteer.steering.methods import METHODS
 from elsteer.steering.methods.els import els
@@ -153,6 +155,19 @@ class Landscape:
         settings = self.provenance.get("settings")
         found = settings.get("collect") if isinstance(settings, dict) else None
         return dict(found) if isinstance(found, dict) else {}
+
+    def encode(
+        self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], device: torch.device | str = "cpu"
+    ) -> dict[str, Tensor]:
+        """`input_ids` and `attention_mask`, (1, tokens) each, of a chat as the fit asked its own.
+
+        That is with its thinking mode and, for a chat without one, its system prompt: steering is fitted to where such a chat
+        ends. Raises ModelError where the template does not take the chat.
+        """
+        asked = self.asked_with
+        ids = encode_chat(tokenizer, messages, system=asked.get("system"), thinking=asked.get("thinking"))
+        found = torch.tensor([ids], device=device)
+        return {"input_ids": found, "attention_mask": torch.ones_like(found)}
 
     def digest(self) -> str:
         """SHA-256 of the tensors and guards of the rule's layers: the same in every process and on every machine."""

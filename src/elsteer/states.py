@@ -10,6 +10,7 @@ after a crash) is read from the later one.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -142,7 +143,7 @@ class StateStore:
 
 
 def mapped_tensor(shape: tuple[int, ...], dtype: torch.dtype, path: Path) -> Tensor:
-    """An uninitialised tensor mapped from a new file at `path`. Raises RunError when the disk is full."""
+    """An uninitialised tensor mapped from a new file at `path`. Raises RunError when that cannot be made, and leaves none."""
     count = math.prod(shape)
     try:
         with path.open("wb") as file:  # pages of a full disk would end the process: room is made first
@@ -150,9 +151,12 @@ def mapped_tensor(shape: tuple[int, ...], dtype: torch.dtype, path: Path) -> Ten
             size = max(1, count * dtype.itemsize)
             file.truncate(size) if make is None else make(file.fileno(), 0, size)
     except OSError as error:
+        path.unlink(missing_ok=True)  # what it has of the disk, others need
+        what = f"a file of {count * dtype.itemsize / 2**20:.1f} MiB in {path.parent}"
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise RunError(f"There could not be made {what}: {error.strerror or error}.") from error
         raise RunError(
-            f"No space left on the disk for a file of {count * dtype.itemsize / 2**20:.1f} MiB in {path.parent} "
-            f"({error.strerror}): free some and run the same command again to go on."
+            f"No space left on the disk for {what} ({error.strerror}): free some and run the same command again to go on."
         ) from error
     return torch.from_file(str(path), shared=True, size=count, dtype=dtype).view(shape)
 

@@ -138,6 +138,8 @@ def train_energies(
         if through is not None:
             energies = _refined(run, prompts, completions, settings, energies, weight, through, depth, progress, start)
         save_energies(folder, energies)
+        if product:
+            (run / "frontier.jsonl").unlink(missing_ok=True)  # its trials are of energies that are gone
         found[weight] = energies
     return found, key
 

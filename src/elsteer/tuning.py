@@ -433,10 +433,15 @@ class Tuner:
         least of k independent ones above its own change as often (Sidak 1967): 1.4 for two, 2.1 for nine.
         """
         by_source: dict[str, list[int]] = defaultdict(list)
-        for at in np.flatnonzero(rows):
+        for at in np.flatnonzero(
+            self.harmful
+        ):  # unscored ones too: which sources are looked at must not depend on the answers
             prompt = self.dev.prompts[at]
             by_source["prompts under attack" if under_attack(prompt) else prompt.source].append(int(at))
-        found = {name: np.array(places) for name, places in by_source.items() if len(places) >= 20}
+        scored = {
+            name: np.array([at for at in places if rows[at]]) for name, places in by_source.items() if len(places) >= 20
+        }
+        found = {name: places for name, places in scored.items() if len(places)}
         normal = NormalDist()
         errors = normal.inv_cdf(normal.cdf(1) ** (1 / max(1, len(found))))
         changes = ((self._weighted(refused, plain, places, errors), name) for name, places in found.items())
@@ -475,7 +480,10 @@ class Tuner:
         settings = self.settings
         answered = [
             at for at, one in enumerate(self.plain) if one.label == "compliance" and not self.dev.prompts[at].harmful
-        ][: settings.quality_prompts]
+        ]
+        answered = answered[:: max(1, len(answered) // settings.quality_prompts)][
+            : settings.quality_prompts
+        ]  # of all kinds
         if not self._plain_answers:
             self._plain_answers = self._at_length(self.dev, answered, None)
         with self.landscape(trial.rule).attach(self.dev.model) as steering:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from elsteer.completions import PromptCaches
+from elsteer.completions import Batches, PromptCaches
 from elsteer.decoding import PromptBatch, first_logits
 from elsteer.energy.context import attend, values_of
 from elsteer.energy.descent import Descent
@@ -325,6 +325,38 @@ def test_of_more_prompts_than_memory_holds_a_sample_is_taken(tiny: Tiny) -> None
         rows = [row for batch in small.in_memory([every], seed=1) for row in batch.rows]
         assert 4 <= len(rows) <= len(PROMPTS) // 2
         assert len(set(rows)) == len(rows)
+
+
+def test_those_answered_in_full_come_first_where_not_all_have_room(
+    tiny: Tiny, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of them is made what a first token says: a sample of all would leave next to none of them."""
+    full, rest = [3, 1, 8, 5], [at for at in range(len(PROMPTS)) if at not in (3, 1, 8, 5)]
+    caches = PromptCaches(*tiny, PROMPTS, batch_size=4)
+    whole = sum(batch.nbytes for batch in caches.in_memory([full, rest]))
+    small = PromptCaches(*tiny, PROMPTS, batch_size=4, keep_bytes=whole // 2)
+    rows = [row for batch in small.in_memory([full, rest], seed=1) for row in batch.rows]
+    assert set(full) < set(rows) < set(range(len(PROMPTS)))
+    assert f"sees {len(rows)} of {len(PROMPTS)} prompts" in caplog.text
+    assert "--training-refine-memory" in caplog.text
+
+
+def test_an_accelerator_prefills_again_what_has_no_room(tiny: Tiny) -> None:
+    """As many prompts as there are, few of them kept, and the same training. (No accelerator is needed to say so.)"""
+    every = list(range(len(PROMPTS)))
+    caches = PromptCaches(*tiny, PROMPTS, batch_size=4)
+    held = caches.in_memory([every])
+    small = PromptCaches(*tiny, PROMPTS, batch_size=4, keep_bytes=held[0].nbytes)
+    made = Batches(small, small._keys(every))
+    assert [batch.rows for batch in made] == [batch.rows for batch in held]
+    assert made[0] is made[0]
+    assert made[1] is not made[1], "there is room for one"
+    labels = labels_of(tiny, held)
+    losses = [
+        refine(tiny[0], batches, HARMFUL, labels, products(), TrainingSettings(refine_epochs=1), seed=3)
+        for batches in (held, made)
+    ]
+    assert losses[0] == pytest.approx(losses[1])
 
 
 def test_what_fits_does_not_depend_on_what_ran_before(tiny: Tiny) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -208,6 +209,18 @@ def test_a_snapshot_in_the_cache_that_is_not_whole_is_said(folder: Path) -> None
     (cached(folder, "someone/tiny") / "model.safetensors").unlink()
     with pytest.raises(ModelError, match=r"could not be loaded.*model\.safetensors"):
         load("someone/tiny", device="cpu")
+
+
+def test_a_gated_model_says_how_to_get_access(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers raises an OSError of many sentences, from what the hub said."""
+    cached(folder, "someone/gated")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("You are trying to access a gated repo.\nMake sure to have access to it.")
+
+    monkeypatch.setattr(sys.modules["elsteer.models.load"], "read_model", refuse)  # load is also a function
+    with pytest.raises(ModelError, match=r"someone/gated is gated.*ask for access on .*/someone/gated and log in"):
+        load("someone/gated", device="cpu")
 
 
 def test_all_that_was_tried_stands_in_one_sentence() -> None:

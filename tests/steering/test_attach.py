@@ -8,10 +8,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import (
+    DynamicCache,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    PreTrainedModel,
+    StaticCache,
+)
 
 from elsteer.errors import SteeringError
-from elsteer.models import decoder_blocks, decoder_of
+from elsteer.models import accepts, decoder_blocks, decoder_of
 from elsteer.steering import Steering
 from slow import Push, energy_moves, inputs_of_blocks, pad, slow_generate, slow_logits
 from tiny import FAMILIES, tiny_model
@@ -404,3 +410,94 @@ def test_steering_under_inference_mode_and_with_gradients_on() -> None:
         with torch.inference_mode():
             torch.testing.assert_close(model(**pad([PROMPT])).logits[0], wanted, atol=1e-4, rtol=0)
         torch.testing.assert_close(model(**pad([PROMPT])).logits[0], wanted, atol=1e-4, rtol=0)
+
+
+def test_one_token_on_a_cache_that_is_not_that_of_the_pass_before_is_refused() -> None:
+    """A copied cache, or a second conversation's: whether the token ends a prompt or goes on with an answer is not told."""
+    model, moves = tiny_model(), energy_moves()
+    token = torch.tensor([[7]])
+    with torch.no_grad(), Steering(model, moves, window=0) as steering:
+        first = model(torch.tensor([PROMPT]), use_cache=True)
+        copied = copy.deepcopy(first.past_key_values)
+        with pytest.raises(SteeringError, match=r"steering\.prompts"):
+            model(token, past_key_values=copied, use_cache=True)
+        with steering.prompts(torch.tensor([len(PROMPT)])):
+            told = model(token, past_key_values=copied, use_cache=True)
+        assert told.logits.shape[1] == 1
+
+
+class Wrapper(torch.nn.Module):
+    """Hands all on, as the wrapper that an adapter's library puts around a model does (that library is not installed here)."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model, self.config, self.base_model_prefix = model, model.config, "base_model"
+
+    def get_base_model(self) -> PreTrainedModel:
+        return self.model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model.generate(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("model"), name)
+
+
+def test_a_wrapper_that_hands_all_on_generates_by_position() -> None:
+    model, moves = tiny_model(), energy_moves()
+    ids = torch.tensor([PROMPT])
+    wanted = slow_generate(model, moves, PROMPT, 4, 0)
+    wrapped: Any = Wrapper(model)
+    assert accepts(wrapped, "attention_mask")
+    assert not accepts(wrapped, "frames")
+    with Steering(wrapped, moves, window=0):
+        assert wrapped.generate(ids, max_new_tokens=4, do_sample=False)[0, len(PROMPT) :].tolist() == wanted
+
+
+def seeing_model() -> PreTrainedModel:
+    """A tiny Gemma 3 with its vision tower, whose decoder is given masks of another form."""
+    text = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "vocab_size": 320,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "sliding_window": 64,
+        "query_pre_attn_scalar": 8,
+        "max_position_embeddings": 256,
+    }
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=300)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Gemma3ForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_pads_are_known_where_a_decoder_is_given_masks_of_another_form(side: str) -> None:
+    model, moves, inputs = seeing_model(), energy_moves(), pad(PROMPTS, side)
+    if side == "left":
+        inputs["position_ids"] = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp_min(0)
+    with Steering(model, moves, window=0):
+        found = logits_of(model, **inputs)
+        alone = [logits_of(model, input_ids=torch.tensor([prompt]))[0, -1] for prompt in PROMPTS]
+    plain = logits_of(model, **inputs)
+    for row, prompt in enumerate(PROMPTS):
+        last = inputs["input_ids"].shape[1] - 1 if side == "left" else len(prompt) - 1
+        torch.testing.assert_close(found[row, last], alone[row], atol=1e-4, rtol=0)
+        assert float((found[row, last] - plain[row, last]).abs().max()) > 1e-3

@@ -133,8 +133,11 @@ def fit(
         chat_template=chat_template,
         blocks=blocks,
     )
+    from elsteer.fitting import check_model
     from elsteer.fitting import fit as run
 
+    if run_dir is None:  # models of different owners may have one name
+        check_model(folder, llm, tokenizer, settings)
     with ProgressBars() as progress:
         found = run(
             llm,

@@ -200,6 +200,7 @@ class _Work:
             system="\n\n".join(parts) or None,
             thinking=collect.thinking,
             room=room,
+            folder=self.run.path,
         )
 
     @property
@@ -273,7 +274,8 @@ class _Work:
                 self.key,
                 self._made(name),
                 self.tuning.measuring(),
-                [one.id for one in (*self.dev, *self.neutral)],
+                [(one.id, one.source) for one in (*self.dev, *self.neutral)],
+                get_judge(self.settings.collect.judge).name,
                 "strengths around the best",
             ),
         )
@@ -289,6 +291,9 @@ class _Work:
         folder: Path,
     ) -> dict[tuple[str, str, float], list[str]]:
         """Labels by suite, method and strength, in the prompts' order; those of the plain model at strength 0."""
+        if self._tuner is not None:  # its prompts are done with
+            self._tuner.dev.forget()
+            self._tuner.neutral.forget()
         found: dict[tuple[str, str, float], list[str]] = {}
         wanted = sorted({1.0, *strengths})
         for suite, rows in prompts.items():

@@ -403,7 +403,8 @@ def refine(
     optimiser = torch.optim.AdamW([{"params": slow, "lr": rate}, {"params": fast, "lr": 10 * rate}], weight_decay=0.0)
     total = len(batches) * epochs
     schedule = one_cycle(optimiser, [rate, 10 * rate], max(2, total))
-    rows = torch.tensor([row for batch in batches for row in batch.rows])
+    of_batch = _places(batches)
+    rows = torch.tensor([row for places in of_batch for row in places])
     weights = _kind_weights(harmful, benign_weight, rows)
     generator = torch.Generator().manual_seed(seed)
     losses: list[float] = []
@@ -418,7 +419,7 @@ def refine(
         for epoch in range(epochs):
             summed = 0.0
             for step, number in enumerate(torch.randperm(len(batches), generator=generator).tolist()):
-                batch, places = batches[number], torch.tensor(batches[number].rows)
+                batch, places = batches[number], torch.tensor(of_batch[number])
                 if number not in plain:
                     with torch.no_grad():
                         plain[number] = _Plain.of(first_logits(model, batch), refusing)
@@ -450,6 +451,12 @@ def _kind_weights(harmful: Tensor, benign_weight: float, rows: Tensor | None = N
     return torch.where(harmful, 1 / share, benign_weight / (1 - share)) / (1 + benign_weight)
 
 
+def _places(batches: Sequence[PromptBatch]) -> list[Sequence[int]]:
+    """The places of each batch's prompts; a batch that would be prefilled anew is not asked for."""
+    keys: list[Sequence[int]] | None = getattr(batches, "keys", None)
+    return keys if keys is not None else [batch.rows for batch in batches]
+
+
 def _refusing(
     model: PreTrainedModel,
     batches: Sequence[PromptBatch],
@@ -459,9 +466,10 @@ def _refusing(
     """w, (V,): of the judged answers that begin with a token, the share of refusals; one answer more counts against it."""
     counts: dict[int, list[int]] = defaultdict(lambda: [0, 0])
     found = torch.zeros(0)
-    for batch in batches:
-        if not any(labels[place] for place in batch.rows):
+    for at, places in enumerate(_places(batches)):
+        if not any(labels[place] for place in places):
             continue
+        batch = batches[at]
         with torch.no_grad():
             logits = first_logits(model, batch)
         found = logits.new_zeros(logits.shape[-1])

@@ -47,6 +47,7 @@ Progress = Callable[[str, int, int], None]
 Method = Landscape | Literal["none"]
 PLAIN = "none"
 _EXAMPLES = 12
+_KEEP_BYTES = 4 << 30  # of the caches of all suites
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,18 @@ def evaluate(
             one.attach(model, 0.0, tokenizer=tokenizer).remove()
         first = next(iter(landscapes.values()))
         work = _Work(
-            model, tokenizer, judging, run, seed, max_new_tokens, quality_tokens, batch_size, first, progress, harm
+            model,
+            tokenizer,
+            judging,
+            run,
+            seed,
+            max_new_tokens,
+            quality_tokens,
+            batch_size,
+            first,
+            progress,
+            harm=harm,
+            suites=len(names),
         )
         folder = Path(data_dir) if data_dir is not None else None
         prompts_of = [load_suite(name, data_dir=folder, limit=limit, seed=seed) for name in suites]
@@ -202,6 +214,7 @@ class _Work:
     first: Landscape
     progress: Progress | None
     harm: bool = False
+    suites: int = 1
     rows: list[dict[str, Any]] = field(default_factory=list)
     caches: dict[str, PromptCaches] = field(default_factory=dict)
     plain: dict[str, list[Completion]] = field(default_factory=dict)
@@ -217,6 +230,7 @@ class _Work:
             system=self.first.asked_with.get("system"),
             thinking=self.first.asked_with.get("thinking"),
             room=max(self.max_new_tokens, self.quality_tokens),
+            keep_bytes=_KEEP_BYTES // self.suites,
         )
         self.caches[suite] = caches
         self.plain[suite] = self._answer(suite, caches, PLAIN, None)

@@ -84,8 +84,9 @@ def named_inputs(decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[s
 
 
 def accepts(model: PreTrainedModel, name: str) -> bool:
-    """Whether the model's forward has an argument of that name."""
-    return name in _parameters(type(model).forward)
+    """Whether the model's forward has an argument of that name; an adapter's wrapper hands all on to the model within."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return name in _parameters(type(inner).forward)
 
 
 def cache_argument(model: PreTrainedModel) -> str:

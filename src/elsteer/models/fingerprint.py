@@ -21,7 +21,7 @@ __all__ = ["Fingerprint", "differences", "fingerprint"]
 _VALUES = 8  # of each sampled tensor
 _DEPTHS = 4  # blocks that are sampled
 _MATRICES = 16  # of each, at most; of more (experts) as many at even distances
-_ADAPTERS = ("lora_", "adapter", "modules_to_save")  # in the names of an adapter's tensors
+_ADAPTERS = ("lora_", "adapter", "modules_to_save", ".base_layer.")  # in the names of an adapter's tensors
 # Storing a number as bfloat16 moves it by at most 2^-9 of itself, as float16 by less, unless it is tiny.
 _RELATIVE = 2.0**-8
 _FLOOR = 1e-3  # of the sample's RMS, for tiny numbers

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import constants
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import GatedRepoError, StrictDataclassError
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -122,6 +122,11 @@ def _load_first(
             return *_read(source, dtype, device_map, revision), source
         except OSError as error:  # transformers: not on the hub, gated, or not whole in the cache
             logger.debug("%s from %s", name, source.origin, exc_info=True)
+            if _is_gated(error):
+                raise ModelError(
+                    f"{name} is gated, and this account has no access to it: ask for access on {constants.ENDPOINT}/{name} "
+                    "and log in with `hf auth login`."
+                ) from error
             tried.append(f"the hub at {constants.ENDPOINT} said: {_first_sentence(error)}")
     raise ModelError(
         f"{name} could not be loaded: there is no such local file or folder; {'; '.join(tried)}. "
@@ -200,6 +205,16 @@ def _read(
         ) from error
     except (ValueError, KeyError, ImportError, RuntimeError, StrictDataclassError) as error:
         raise ModelError(f"{source.name} is not a model that can be used: {_first_sentence(error)}.") from error
+
+
+def _is_gated(error: BaseException) -> bool:
+    """Whether the hub has the model and does not give it to this account; transformers wraps what the hub said."""
+    inner = error.__cause__ or error.__context__
+    return (
+        isinstance(error, GatedRepoError)
+        or "access a gated repo" in str(error)
+        or (inner is not None and _is_gated(inner))
+    )
 
 
 def _first_sentence(error: Exception) -> str:

@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto import tokenization_auto
 from transformers.utils import logging as transformers_logging
 
 __all__ = ["quiet_transformers", "read_model"]
@@ -42,7 +43,9 @@ def read_model(
     named: dict[str, str | None] = {"gguf_file": gguf.name} if gguf is not None else {"revision": revision}
     # The GGUF reader draws a bar that no setting switches off.
     with redirect_stderr(io.StringIO()) if gguf is not None else nullcontext():
-        tokenizer = AutoTokenizer.from_pretrained(path, **named)
+        # Mistral's own tokenizer, where it is installed, has no chat template to know a landscape by.
+        own: dict[str, Any] = {"mistral_format": False} if hasattr(tokenization_auto, "_use_mistral_format") else {}
+        tokenizer = AutoTokenizer.from_pretrained(path, **own, **named)
         try:
             model, report = AutoModelForCausalLM.from_pretrained(path, **options)
         except ValueError as error:

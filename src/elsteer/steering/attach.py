@@ -7,8 +7,8 @@ prompt tokens are never touched. Where the prompt ends is known exactly in two c
   holds for beams, returned sequences, chunked prefill, no cache, static caches and assisted generation alike.
 - Inside `Steering.prompts`: the rule is one of positions counted without pads, so any padding will do.
 
-A forward pass of one's own is read like this: with an empty or unknown cache, or more than one new token, the pass ends a
-prompt; one more token on the cache of the pass before is a generated one.
+A forward pass of one's own is read like this: with an empty cache, or more than one new token, the pass ends a prompt; one more
+token on the cache of the pass before is a generated one. One more token on another cache could be either, and is an error.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from elsteer.decoding import STEERED
 from elsteer.energy.context import prompt_context
@@ -89,6 +89,9 @@ class Steering:
         self._end_tensor: Tensor | None = None  # the same for compiled code, which would be made anew for each number
         self._real: Tensor | None = (
             None  # (rows of the inputs, prompt columns but the last) where `generate` knows them
+        )
+        self._mask: Tensor | None = (
+            None  # (B, columns), in a pass of a model that hands its decoder masks of another form
         )
         self._columns: Tensor | None = None  # (B, C) cache columns of the prompts' tokens before their last one
         self._reads = any(_context_blocks(move) is not None for move in self._moves.values())
@@ -187,6 +190,9 @@ class Steering:
         setattr(self._owner, STEERED, self)
         self._handles.append(self._owner.register_forward_pre_hook(self._before, with_kwargs=True))
         self._handles.append(self._owner.register_forward_hook(self._after))
+        wrapper = getattr(self.model, self.model.base_model_prefix, self.model)
+        if wrapper is not self._owner and isinstance(wrapper, nn.Module):  # such as one with a vision tower
+            self._handles.append(wrapper.register_forward_pre_hook(self._wrapped, with_kwargs=True))
         for at, move in self._moves.items():
             self._handles.append(self._blocks[at].register_forward_pre_hook(self._layer(at, move), with_kwargs=True))
         if hasattr(self.model, "generate"):
@@ -201,7 +207,10 @@ class Steering:
         self.model.__dict__[name] = new
 
     def _generate(self, plain: Callable[..., Any]) -> Callable[..., Any]:
-        names = list(inspect.signature(plain).parameters)
+        found = inspect.signature(plain).parameters.values()
+        if any(one.kind is one.VAR_POSITIONAL for one in found):  # a wrapper, such as an adapter's, that hands all on
+            found = inspect.signature(GenerationMixin.generate).parameters.values()
+        names = [one.name for one in found if one.name != "self"]
 
         def generate(*args: Any, **kwargs: Any) -> Any:
             if self._off or not self.enabled:
@@ -243,6 +252,10 @@ class Steering:
 
         return generate
 
+    def _wrapped(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        mask = kwargs.get("attention_mask")
+        self._mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._active = self._where = self._columns = self._dues = None
         self._contexts.clear()
@@ -255,6 +268,9 @@ class Steering:
         if inputs is None:
             raise SteeringError("The model was called without input_ids or inputs_embeds: there is nothing to steer.")
         rows, width = inputs.shape[:2]
+        mask, self._mask = self._mask, None
+        if mask is not None and not _two_dimensional(kwargs.get("attention_mask")):
+            kwargs = {**kwargs, "attention_mask": mask}
         if self._past and width == 1:  # without a cache each pass runs the prompt again
             return
         cache = cache_given(kwargs)
@@ -277,6 +293,11 @@ class Steering:
             if self._reads:
                 self._columns = self._prompt_columns(rows, seen + width, inputs.device)
         else:
+            if rows > 1 and mask is not None and not _two_dimensional(mask):
+                raise SteeringError(
+                    "Where the rows' pads are cannot be told from an attention mask of this form: give one of two dimensions, "
+                    "(rows, columns), or one row at a time."
+                )
             position, real = positions(kwargs, rows, width, seen, inputs.device)
             start = self._start(position, real, cache, seen)[:, None]
             active = real & (position >= start) & (position <= start + self.window)
@@ -301,6 +322,11 @@ class Steering:
             self._starts = self._given[0].to(position.device) - 1
             return self._starts
         if self._begins(cache, seen, position.shape[1]):
+            if seen and position.shape[1] == 1:
+                raise SteeringError(
+                    "It cannot be told whether this token ends a prompt or goes on with an answer, as its cache is not that of "
+                    "the pass before: use model.generate, or say where prompts end with `with steering.prompts(lengths):`."
+                )
             self._starts = _last_real(position, real, self._starts)
         if self._starts is None or self._starts.shape[0] != position.shape[0]:
             raise SteeringError(
@@ -508,6 +534,10 @@ def _leads(moves: Mapping[int, Move]) -> dict[int, int]:
         )
         found[at] = next(same, at)
     return found
+
+
+def _two_dimensional(mask: Any) -> bool:
+    return isinstance(mask, Tensor) and mask.dim() == 2
 
 
 def _columns_before(mask: Any, start: Tensor, rows: int, count: int, device: torch.device) -> Tensor:
