@@ -6,6 +6,7 @@ import contextlib
 import copy
 import json
 import math
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -535,6 +536,24 @@ def test_dev_prompts_without_both_verdicts_cannot_be_tuned_on(
     labels = {row["prompt_id"]: row["label"] for row in rows_of(whole[1] / "dev.jsonl")}
     with pytest.raises(PromptError, match=says):
         fitted(tiny, tmp_path, dev=[prompt for prompt in DEV if prompt.harmful or labels[prompt.id] == kept])
+
+
+def test_a_disk_without_room_for_the_states_is_told_at_once(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is said to be needed holds all that is written, and no more than that and its copies."""
+    refined = tiny_settings(tuning=HELPS, training={"refine_epochs": 1, "refine_units": 2})
+    monkeypatch.setattr("elsteer.fitting.shutil.disk_usage", lambda _: SimpleNamespace(free=0))
+    with forward_passes(tiny[0]) as passes, pytest.raises(RunError, match="--run-dir on a larger disk") as told:
+        fitted(tiny, tmp_path, settings=refined)
+    assert passes == []
+    needed = float(re.search(r"take ([\d.]+) GB", str(told.value))[1])  # type: ignore[index]
+    assert needed == 0.0, "of so tiny a model next to nothing"
+    monkeypatch.undo()
+    monkeypatch.setitem(JUDGES, "letters", LetterJudge)
+    fitted(tiny, tmp_path, settings=refined)
+    monkeypatch.setattr("elsteer.fitting.shutil.disk_usage", lambda _: SimpleNamespace(free=600_000))
+    fitted(tiny, tmp_path, settings=refined)  # they are there: their copies alone need room
 
 
 def test_what_no_setting_could_keep_is_said_before_anything_is_trained(tiny: Tiny, tmp_path: Path) -> None:

@@ -40,7 +40,16 @@ from elsteer.models import context_length, decoder_blocks, encode_chat
 from elsteer.prompts import Prompt
 from elsteer.states import StateStore, watch_states
 
-__all__ = ["Completion", "PromptCaches", "complete", "encode", "end_ids", "read_completions"]
+__all__ = [
+    "Batches",
+    "Completion",
+    "PromptCaches",
+    "bytes_per_token",
+    "complete",
+    "encode",
+    "end_ids",
+    "read_completions",
+]
 
 Progress = Callable[[int, int], None]
 logger = logging.getLogger(__name__)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,7 +21,7 @@ import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import elsteer
-from elsteer.completions import Completion, PromptCaches, complete
+from elsteer.completions import Completion, PromptCaches, bytes_per_token, complete
 from elsteer.decoding import PromptBatch
 from elsteer.energy.refine import SteeredProducts, refine
 from elsteer.errors import NothingHelps, PromptError, RunError, SteeringError
@@ -36,6 +37,7 @@ from elsteer.models import (
     effective_thinking,
     encode_chat,
     fingerprint,
+    hidden_size,
     num_layers,
 )
 from elsteer.openers import try_openers
@@ -53,7 +55,7 @@ from elsteer.prompts import (
 from elsteer.run import RunFolder, key_of, of_stage, told_apart
 from elsteer.settings import FitSettings
 from elsteer.states import StateStore
-from elsteer.training import Energies, check_gates, check_start, context_blocks, is_refined, train_energies
+from elsteer.training import Energies, check_gates, check_start, context_blocks, is_refined, refine_band, train_energies
 from elsteer.tuning import Trial, Tuner
 
 __all__ = ["check_model", "collect", "fit", "neutral_prompts"]
@@ -198,6 +200,7 @@ def _collected(
     same = {**print_of.to_dict(), "name": None, "revision": None}
     asked = {**settings.collect.model_dump(), "judge": get_judge(settings.collect.judge).name}
     key = key_of(same, asked, str(model.dtype), looked)
+    _check_disk(run, model, train_caches, dev_caches, settings, looked)
     _write_inputs(run, settings, train_set, dev_set, print_of)
     answered = _collect(run, train_caches, settings, key, looked, progress)
     _check_answers(answered)
@@ -350,6 +353,32 @@ def _collect(
             "This model keeps no key-value cache that the context of a state could be read from: fit with "
             "--training-context-blocks 0."
         ) from error
+
+
+def _check_disk(
+    run: RunFolder,
+    model: PreTrainedModel,
+    train: PromptCaches,
+    dev: PromptCaches,
+    settings: FitSettings,
+    looked: tuple[int, int] | None,
+) -> None:
+    """Raises RunError where the disk has less room than the states and, for training, copies of some of them take."""
+    layers = num_layers(model)
+    state, band = 4 * hidden_size(model), 0 if looked is None else len(refine_band(settings, layers))
+    rows = settings.collect.state_tokens * len(train.ids) + len(dev.ids)
+    read = (
+        0 if looked is None else sum(map(len, train.ids)) * bytes_per_token(model) * (looked[1] - looked[0]) // layers
+    )
+    value = read // 2 // model.dtype.itemsize * 2  # of keys and values the values, in float16
+    needed = rows * layers * state + len(train.ids) * band * state + 2 * value
+    held = sum(file.stat().st_size for name in ("states", "dev_states") for file in (run / name).glob("*.safetensors"))
+    free = shutil.disk_usage(next(one for one in (run.path, *run.path.absolute().parents) if one.exists())).free
+    if needed - held > free:
+        raise RunError(
+            f"The states of these prompts and their copies for training take {needed / 1e9:.1f} GB in {run.path}, where "
+            f"{free / 1e9:.1f} GB are free: give a --run-dir on a larger disk, or fewer prompts with --limit."
+        )
 
 
 def _check_dev(prompts: Sequence[Prompt], plain: Sequence[Completion], settings: FitSettings) -> None:

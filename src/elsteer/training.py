@@ -42,6 +42,7 @@ __all__ = [
     "check_start",
     "context_blocks",
     "is_refined",
+    "refine_band",
     "shuffled_control",
     "train_energies",
 ]
@@ -122,7 +123,7 @@ def train_energies(
     run.stage("energy", key, ["energy", "landscape"])
     if not is_refined(settings):
         through = None
-    layers = range(depth) if through is None else _refine_band(settings, depth)
+    layers = range(depth) if through is None else refine_band(settings, depth)
     found: dict[float, Energies] = {}
     for weight in weights:
         if product and found:
@@ -160,7 +161,7 @@ def check_start(start: Landscape, settings: FitSettings, depth: int) -> None:
         raise RunError(
             "Only product energies that are trained through the model go on from a landscape: leave --start out."
         )
-    layers, band = start.rule.layers, list(_refine_band(settings, depth))
+    layers, band = start.rule.layers, list(refine_band(settings, depth))
     first = start.tensors.get(layers[0], {})
     if "length" not in first or start.method != "els":
         raise RunError("The landscape to start from was not trained through the model: leave --start out.")
@@ -202,12 +203,12 @@ def is_refined(settings: FitSettings) -> bool:
 
 def context_blocks(settings: FitSettings, depth: int) -> tuple[int, int] | None:
     """The blocks, from and up to, whose values the energies read (`elsteer.energy.context`); None where they read none."""
-    first = _refine_band(settings, depth)[0]
+    first = refine_band(settings, depth)[0]
     looked = min(settings.training.context_blocks, first) if is_refined(settings) else 0
     return (first - looked, first) if looked else None
 
 
-def _refine_band(settings: FitSettings, depth: int) -> range:
+def refine_band(settings: FitSettings, depth: int) -> range:
     """The blocks of `refine_band`, one at least."""
     first, stop = (round(share * depth) for share in settings.training.refine_band)
     first = min(first, depth - 1)
