@@ -6,7 +6,6 @@ import contextlib
 import copy
 import json
 import math
-import re
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -24,13 +23,14 @@ from elsteer.errors import JudgeError, LandscapeError, NothingHelps, PromptError
 from elsteer.fitting import collect, fit
 from elsteer.judges import JUDGES, Verdict
 from elsteer.landscape import Landscape
-from elsteer.models import encode_chat, left_pad
+from elsteer.models import encode_chat, fingerprint, left_pad
 from elsteer.prompts import Prompt
-from elsteer.run import RunFolder
+from elsteer.run import RunFolder, key_of
 from elsteer.settings import FitSettings
 from elsteer.training import Energies, read_energies, save_energies, shuffled, shuffled_control
 from landscapes import same_landscape
 from pipelines import Killed, LetterJudge, Tiny, dies_at, forward_passes, lines, some_prompts, speaker, tiny_settings
+from tiny import tiny_tokenizer
 
 TRAIN, DEV = some_prompts(80), some_prompts(48, start=200)
 NEUTRAL = [Prompt.of(text, False) for text in ("What is the time?", "Tell me of the sea.")]
@@ -547,13 +547,22 @@ def test_a_disk_without_room_for_the_states_is_told_at_once(
     with forward_passes(tiny[0]) as passes, pytest.raises(RunError, match="--run-dir on a larger disk") as told:
         fitted(tiny, tmp_path, settings=refined)
     assert passes == []
-    needed = float(re.search(r"take ([\d.]+) GB", str(told.value))[1])  # type: ignore[index]
-    assert needed == 0.0, "of so tiny a model next to nothing"
+    assert "take 0.0 GB" in str(told.value), "of so tiny a model next to nothing"
     monkeypatch.undo()
     monkeypatch.setitem(JUDGES, "letters", LetterJudge)
     fitted(tiny, tmp_path, settings=refined)
     monkeypatch.setattr("elsteer.fitting.shutil.disk_usage", lambda _: SimpleNamespace(free=600_000))
-    fitted(tiny, tmp_path, settings=refined)  # they are there: their copies alone need room
+    fitted(tiny, tmp_path, settings=refined)  # they are there, and so are the energies
+    shutil.rmtree(tmp_path / "energy")
+    fitted(tiny, tmp_path, settings=refined)  # their copies alone need room
+    written = sum(file.stat().st_size for name in ("states", "dev_states") for file in (tmp_path / name).iterdir())
+    monkeypatch.setattr("elsteer.fitting.shutil.disk_usage", lambda _: SimpleNamespace(free=1.05 * written))
+    alone = tmp_path / "alone"
+    with contextlib.suppress(LandscapeError):
+        collect(
+            *tiny, TRAIN, Landscape.from_pretrained(tmp_path / "landscape"), dev=DEV, run_dir=alone, settings=refined
+        )
+    assert sum(file.stat().st_size for file in (alone / "states").iterdir()) > 0, "what is needed is what is written"
 
 
 def test_what_no_setting_could_keep_is_said_before_anything_is_trained(tiny: Tiny, tmp_path: Path) -> None:
@@ -571,6 +580,28 @@ def test_a_model_that_thinks_first_is_not_judged_by_its_thoughts(
     monkeypatch.setattr(tiny[1], "decode", lambda *given, **more: f"<think>\nOkay, {plain(*given, **more)}")
     with pytest.raises(RunError, match=r"thinks before it answers \('<think>.*--no-thinking.*--chat-template"):
         fitted(tiny, tmp_path)
+
+
+def test_a_template_that_opens_a_thought_is_told_before_anything_is_asked(tiny: Tiny, tmp_path: Path) -> None:
+    model, tokenizer = tiny[0], tiny_tokenizer("chatml")
+    tokenizer.chat_template += "{% if add_generation_prompt %}{{ '<think>\\n' }}{% endif %}"
+    with forward_passes(model) as passes, pytest.raises(RunError, match="ends in an opened thought"):
+        fitted((model, tokenizer), tmp_path)
+    assert passes == []
+
+
+def test_answers_of_an_earlier_form_of_the_key_are_kept(tiny: Tiny, tmp_path: Path) -> None:
+    fitted(tiny, tmp_path)
+    stages = json.loads((tmp_path / "stages.json").read_text())
+    print_of, settings = fingerprint(*tiny), tiny_settings(tuning=HELPS)
+    earlier = key_of(print_of.to_dict(), settings.collect.model_dump(), str(tiny[0].dtype), None)
+    assert earlier != stages["collect"]
+    (tmp_path / "stages.json").write_text(json.dumps({**stages, "collect": earlier}))
+    files = [tmp_path / name for name in ("completions.jsonl", "dev.jsonl", "states/000000.safetensors")]
+    before = [file.stat().st_mtime_ns for file in files]
+    fitted(tiny, tmp_path)
+    assert [file.stat().st_mtime_ns for file in files] == before
+    assert json.loads((tmp_path / "stages.json").read_text()) == stages
 
 
 def test_a_thinking_mode_that_the_template_does_not_know_is_told(
@@ -623,11 +654,14 @@ def test_sources_that_were_named_since_are_looked_at(tiny: Tiny, tmp_path: Path)
     assert passes, "its settings are tried anew, by what each source says"
 
 
-def test_neutral_prompts_of_ones_own_are_no_more_than_asked_for(tiny: Tiny, tmp_path: Path) -> None:
+def test_neutral_prompts_of_ones_own_are_so_many_at_most(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("elsteer.fitting._NEUTRAL_AT_MOST", 4)
     stages: list[tuple[str, int]] = []
     many = [Prompt.of(f"What is the time in {one.text}?", False) for one in some_prompts(30, 700)]
     fitted(tiny, tmp_path, neutral=many, progress=lambda stage, done, total: stages.append((stage, total)))
-    assert max(total for stage, total in stages if stage == "checking the answers") <= 4  # two, and four of dev
+    assert max(total for stage, total in stages if stage == "checking the answers") <= 4
 
 
 def test_energies_that_were_trained_anew_leave_no_trials_of_the_old(tiny: Tiny, tmp_path: Path) -> None:

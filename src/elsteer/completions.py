@@ -172,12 +172,12 @@ class PromptCaches:
         takes those of the first groups and, of the group that has no room as a whole, a sample by `seed`; a warning says how
         many. progress(done, total): prompts, where some are not kept.
         """
-        if self.model.device.type != "cpu":
-            return Batches(self, [key for group in groups for key in self._keys(group)])
         places = sorted(place for group in groups for place in group)
         keys = {key for group in groups for key in self._keys(group)}
         for key in set(self._kept) - keys:
             self._used -= self._kept.pop(key).nbytes
+        if self.model.device.type != "cpu":
+            return Batches(self, [key for group in groups for key in self._keys(group)])
         if not self._kept:
             next(iter(self.batches(groups[0])))
         # Bytes go by rows and columns, whichever batches are there: what fits must not depend on what ran before.

@@ -15,14 +15,14 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from elsteer.completions import PromptCaches
-from elsteer.errors import NothingHelps
+from elsteer.errors import NothingHelps, PromptError, RunError
 from elsteer.evaluation.evaluate import Evaluation, evaluate
 from elsteer.evaluation.overhead import decode_times, time_ratio
 from elsteer.evaluation.statistics import Interval
 from elsteer.files import write_json
 from elsteer.fitting import fit
 from elsteer.landscape import Landscape
-from elsteer.models import left_pad, load
+from elsteer.models import effective_thinking, left_pad, load
 from elsteer.prompts import Prompt, load_starter
 from elsteer.run import key_of, of_stage
 from elsteer.settings import CollectSettings, FitSettings, TrainingSettings, TuningSettings
@@ -99,6 +99,8 @@ def demo(
     timings["loading the model"] = time.perf_counter() - start
     start = time.perf_counter()
     settings = SETTINGS
+    if effective_thinking(tokenizer, False) is False:  # thoughts are no answers
+        settings = settings.model_copy(update={"collect": settings.collect.model_copy(update={"thinking": False})})
     try:
         landscape = fit(
             llm,
@@ -114,6 +116,10 @@ def demo(
         landscape = Landscape.from_pretrained(run_dir / "landscape")
         plain = _evaluate(llm, tokenizer, landscape, run_dir, progress)
         raise NothingHelps(f"{error} What the plain model does is in {plain.report}.") from error
+    except (PromptError, RunError) as error:
+        if "--" not in str(error):
+            raise
+        raise type(error)(f"{error} (These are settings of `elsteer fit`, the demo has none.)") from error
     timings["fitting"] = time.perf_counter() - start
     start = time.perf_counter()
     found = _evaluate(llm, tokenizer, landscape, run_dir, progress)

@@ -10,7 +10,7 @@ import logging
 import math
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -39,6 +39,7 @@ from elsteer.models import (
     fingerprint,
     hidden_size,
     num_layers,
+    render_chat,
 )
 from elsteer.openers import try_openers
 from elsteer.prompts import (
@@ -68,6 +69,7 @@ _RESULT = (
     "frontier.png",
 )  # rest on all stages: where one is done anew, the old ones must not stand for it
 _THOUGHTS = ("<think", "<|channel", "<seed:think", "[THINK]", "analysis")  # of answers, special tokens left out or not
+_NEUTRAL_AT_MOST = 100  # what the plain model says of each token is kept of all of them
 _KEEP_BYTES = 4 << 30  # of the caches of dev and neutral prompts
 _ON_A_GPU = 8  # times as many of these in a batch
 
@@ -89,7 +91,7 @@ def fit(
 
     prompts: benign ones that the model falsely refuses among them, and harmful ones. dev: prompts to tune on; without it,
     `settings.dev_share` of the prompts are set aside. Training prompts that nearly repeat a dev prompt are left out.
-    neutral: everyday prompts on which the model must stay as it is; the plain starter prompts by default.
+    neutral: everyday prompts on which the model must stay as it is, 100 at most; the plain starter prompts by default.
     start: a landscape of this model to go on from. What it says of whether refusing is due is kept, but for the threshold;
     direction, need and length of the steps are trained on with `prompts`, of which a few thousand do.
     progress(stage, done, total) is called as work goes on. Started again, `fit` goes on where it was.
@@ -105,7 +107,7 @@ def fit(
         check_start(start, settings, num_layers(model))
         start.attach(model, 0.0, tokenizer=tokenizer).remove()
     with run.owned():
-        ready = _collected(model, tokenizer, prompts, run, dev, neutral, settings, progress)
+        ready = _collected(model, tokenizer, prompts, run, dev, neutral, settings, progress, fitted=True)
         judged = {one.prompt_id: one.label for one in ready.answered}
         groups = [one for one in (ready.full, ready.rest) if one]
         through = _Through(ready.train, groups, judged, settings, progress)
@@ -148,7 +150,7 @@ def collect(
     run = RunFolder(run_dir)
     with run.owned():
         landscape.attach(model, 0.0, tokenizer=tokenizer).remove()
-        _collected(model, tokenizer, prompts, run, dev, None, settings, progress)
+        _collected(model, tokenizer, prompts, run, dev, None, settings, progress, fitted=False)
         landscape.save_pretrained(run / "landscape")
 
 
@@ -177,10 +179,14 @@ def _collected(
     neutral: Sequence[Prompt] | None,
     settings: FitSettings,
     progress: Progress | None,
+    *,
+    fitted: bool,
 ) -> _Collected:
+    """fitted: whether energies are to be trained and tuned on it."""
     # What can be wrong with the prompts or the judge's name is said before anything is deleted or computed.
     get_judge(settings.collect.judge)
-    if is_refined(settings):
+    _check_template(tokenizer, prompts, settings)
+    if fitted and is_refined(settings):
         _check_trainable(model)
     if settings.collect.thinking is not None and effective_thinking(tokenizer, settings.collect.thinking) is None:
         logger.warning("The chat template knows no thinking mode, so that --thinking and --no-thinking change nothing.")
@@ -188,7 +194,7 @@ def _collected(
     train_set = _attacked(model, tokenizer, train_set, settings, "train")
     dev_set = _attacked(model, tokenizer, dev_set, settings, "dev")
     quiet = told_apart(deduplicate(neutral)) if neutral is not None else neutral_prompts(settings)
-    quiet = sample(quiet, settings.tuning.neutral_prompts, settings.seed)
+    quiet = sample(quiet, _NEUTRAL_AT_MOST, settings.seed)
     if not quiet:
         raise PromptError("There is no neutral prompt: give some everyday ones, or None for those that are shipped.")
     keep = settings.training.refine_memory if is_refined(settings) else 0
@@ -200,12 +206,14 @@ def _collected(
     same = {**print_of.to_dict(), "name": None, "revision": None}
     asked = {**settings.collect.model_dump(), "judge": get_judge(settings.collect.judge).name}
     key = key_of(same, asked, str(model.dtype), looked)
-    _check_disk(run, model, train_caches, dev_caches, settings, looked)
+    run.renamed("collect", key_of(print_of.to_dict(), settings.collect.model_dump(), str(model.dtype), looked), key)
+    _check_disk(run, model, train_caches, dev_caches, settings, looked, copies=fitted)
     _write_inputs(run, settings, train_set, dev_set, print_of)
     answered = _collect(run, train_caches, settings, key, looked, progress)
     _check_answers(answered)
     plain = _dev(run, dev_caches, settings, progress)
-    _check_dev(dev_set, plain, settings)
+    if fitted:
+        _check_dev(dev_set, plain, settings)
     full = _in_full(train_set, settings)
     rest = _refined_besides(train_set, full, settings)
     completions = _glimpse(run, train_caches, answered, plain, rest, settings, key, looked, progress)
@@ -309,7 +317,9 @@ def check_model(
     if not path.is_file():
         return
     known = Fingerprint.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    if differences(known, fingerprint(model, tokenizer, thinking=settings.collect.thinking)):
+    now = fingerprint(model, tokenizer, thinking=settings.collect.thinking)
+    # Another template or thinking mode of the same model is a setting that was changed.
+    if differences(replace(known, template_sha256=now.template_sha256, thinking=now.thinking), now):
         raise RunError(
             f"{run_dir} holds a fit of another model ({known.name}): give a folder of its own with --run-dir."
         )
@@ -362,8 +372,11 @@ def _check_disk(
     dev: PromptCaches,
     settings: FitSettings,
     looked: tuple[int, int] | None,
+    *,
+    copies: bool,
 ) -> None:
     """Raises RunError where the disk has less room than the states and, for training, copies of some of them take."""
+    copies = copies and not any((run / "energy").glob("*/training.json"))
     layers = num_layers(model)
     state, band = 4 * hidden_size(model), 0 if looked is None else len(refine_band(settings, layers))
     rows = settings.collect.state_tokens * len(train.ids) + len(dev.ids)
@@ -371,7 +384,7 @@ def _check_disk(
         0 if looked is None else sum(map(len, train.ids)) * bytes_per_token(model) * (looked[1] - looked[0]) // layers
     )
     value = read // 2 // model.dtype.itemsize * 2  # of keys and values the values, in float16
-    needed = rows * layers * state + len(train.ids) * band * state + 2 * value
+    needed = rows * layers * state + value + (len(train.ids) * band * state + value if copies else 0)
     held = sum(file.stat().st_size for name in ("states", "dev_states") for file in (run / name).glob("*.safetensors"))
     free = shutil.disk_usage(next(one for one in (run.path, *run.path.absolute().parents) if one.exists())).free
     if needed - held > free:
@@ -407,6 +420,20 @@ def _check_dev(prompts: Sequence[Prompt], plain: Sequence[Completion], settings:
             f"The model refuses {1 - room:.1%} of the harmful dev prompts, so that no setting can gain the margin of "
             f"{settings.tuning.safety_margin * 100:.3g} points: set --tuning-safety-margin {math.floor(room * 500) / 1000:g} or "
             "lower, or give harmful dev prompts that it answers, such as ones under attack."
+        )
+
+
+def _check_template(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], settings: FitSettings) -> None:
+    """Raises RunError where a chat ends in a thought that the template has opened."""
+    if not prompts:
+        return
+    asked = settings.collect
+    end = render_chat(tokenizer, list(prompts[0].messages), system=asked.system, thinking=asked.thinking).rstrip()
+    if end.endswith(("<think>", "<thinking>", "<seed:think>", "[THINK]")):
+        raise RunError(
+            f"The chat template ends in an opened thought ({end[-20:]!r}), and thoughts would be judged for answers: fit with "
+            "--no-thinking or, where it knows no such mode, give with --chat-template a template whose prompt ends behind the "
+            "thoughts, such as '<think>\\n\\n</think>'."
         )
 
 

@@ -127,6 +127,12 @@ class RunFolder:
         write_json(self.path / "stages.json", {**stages, name: key})
         return False
 
+    def renamed(self, name: str, before: str, key: str) -> None:
+        """Where stage `name` was begun with the key `before`, an earlier form of `key`, it was begun with `key`."""
+        stages = self.stages()
+        if stages.get(name) == before != key:
+            write_json(self.path / "stages.json", {**stages, name: key})
+
     def stages(self) -> dict[str, str]:
         """Keys by stage."""
         path = self.path / "stages.json"

@@ -15,7 +15,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -151,7 +151,8 @@ def mapped_tensor(shape: tuple[int, ...], dtype: torch.dtype, path: Path) -> Ten
             size = max(1, count * dtype.itemsize)
             file.truncate(size) if make is None else make(file.fileno(), 0, size)
     except OSError as error:
-        path.unlink(missing_ok=True)  # what it has of the disk, others need
+        with suppress(OSError):  # a disk that may not be written to
+            path.unlink(missing_ok=True)  # what it has of the room, others need
         what = f"a file of {count * dtype.itemsize / 2**20:.1f} MiB in {path.parent}"
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise RunError(f"There could not be made {what}: {error.strerror or error}.") from error

@@ -454,9 +454,10 @@ def test_what_cannot_be_evaluated_is_said_before_anything_is_computed(
 
 
 def test_rates_are_corrected_by_the_judge_s_error_on_labels(
-    tiny: Tiny, landscape: Landscape, suite: Path, tmp_path: Path
+    tiny: Tiny, landscape: Landscape, suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of ten refusals by people's word the letters judge finds eight, of ten compliances all."""
+    monkeypatch.setattr(LetterJudge, "early", False, raising=False)  # as one that takes its time
     said = [("zebra", True)] * 8 + [("apple", True)] * 2 + [("apple", False)] * 10
     labels = tmp_path / "labels.jsonl"
     labels.write_text("".join(json.dumps({"completion": text, "label": one}) + "\n" for text, one in said))

@@ -501,3 +501,31 @@ def test_pads_are_known_where_a_decoder_is_given_masks_of_another_form(side: str
         last = inputs["input_ids"].shape[1] - 1 if side == "left" else len(prompt) - 1
         torch.testing.assert_close(found[row, last], alone[row], atol=1e-4, rtol=0)
         assert float((found[row, last] - plain[row, last]).abs().max()) > 1e-3
+
+
+def test_a_prompt_begun_while_disabled_ends_with_the_token_after_enabling() -> None:
+    """On the same cache nothing is in doubt: the token is the prompt's last."""
+    model, moves = tiny_model(), energy_moves()
+    with torch.no_grad(), Steering(model, moves, window=0) as steering:
+        steering.disable()
+        begun = model(torch.tensor([PROMPT[:-1]]), use_cache=True)
+        steering.enable()
+        found = model(torch.tensor([PROMPT[-1:]]), past_key_values=begun.past_key_values, use_cache=True).logits
+    torch.testing.assert_close(
+        found[0, -1], slow_logits(model, moves, PROMPT, len(PROMPT) - 1, 0)[-1], atol=1e-4, rtol=0
+    )
+
+
+def test_positions_tell_where_prompts_end_beside_a_mask_of_another_form() -> None:
+    model, moves = tiny_model(), energy_moves()
+    ids = torch.tensor([PROMPT, PROMPT[::-1]])
+    whole = torch.zeros(2, 1, len(PROMPT), len(PROMPT)).masked_fill(
+        torch.ones(len(PROMPT), len(PROMPT)).triu(1).bool(), torch.finfo(torch.float32).min
+    )
+    places = torch.arange(len(PROMPT)).expand(2, -1)
+    with torch.no_grad(), Steering(model, moves, window=0):
+        found = model(ids, attention_mask=whole, position_ids=places).logits
+        with pytest.raises(SteeringError, match="two dimensions"):
+            model(ids, attention_mask=whole)
+    wanted = slow_logits(model, moves, PROMPT, len(PROMPT) - 1, 0)[-1]
+    torch.testing.assert_close(found[0, -1], wanted, atol=1e-4, rtol=0)

@@ -107,8 +107,8 @@ def compare(
 ) -> None:
     """Tune methods against over-refusal on the dev prompts of a fit, and measure them on the same suites.
 
-    Every baseline learns from that fit's training prompts and gets at most --budget trials, under constraints that are no harder
-    than the landscape's. Without --methods all take part, and els-paper trains for hours on a CPU.
+    Every baseline learns from that fit's training prompts and gets at most --budget trials, three more around the best, under
+    constraints that are no harder than the landscape's. Without --methods all take part, and els-paper trains for hours on a CPU.
     Started again, it goes on where it was.
 
     \b

@@ -107,7 +107,8 @@ def compare(
     strength times each of these; the figures are of 1. budget, finalists: candidates screened, and judged in full.
     Started again, it goes on where it was. Raises RunError, PromptError, LandscapeError in one sentence.
     """
-    work = _Work(model, tokenizer, RunFolder(run_dir), seed, judge, max_new_tokens, batch_size, progress)
+    folder = Path(out) if out is not None else Path(run_dir) / "compare"
+    work = _Work(model, tokenizer, RunFolder(run_dir), seed, judge, max_new_tokens, batch_size, progress, folder)
     names = check_methods(methods)
     if not suites:
         raise PromptError("Give at least one suite to compare on, such as 'xstest', or a file of prompts.")
@@ -119,7 +120,6 @@ def compare(
         for slug, name in zip(slugs, suites, strict=True)
     }
     work.start()
-    folder = Path(out) if out is not None else work.run / "compare"
     with RunFolder(folder).owned():
         chosen = {name: work.choose(name, folder, budget, finalists) for name in names}
         labels = work.measure(prompts, chosen, strengths, folder)
@@ -172,6 +172,7 @@ class _Work:
     max_new_tokens: int
     batch_size: int
     progress: Progress | None
+    folder: Path  # for all files
     _tuner: Tuner | None = None
     _evidence: Evidence | None = None
 
@@ -200,7 +201,7 @@ class _Work:
             system="\n\n".join(parts) or None,
             thinking=collect.thinking,
             room=room,
-            folder=self.run.path,
+            folder=self.folder,
         )
 
     @property

@@ -31,7 +31,7 @@ _BATCH = 64
 def accuracy_on(judge: Judge, path: Path, name: str | None = None, kept: Path | None = None) -> JudgeAccuracy:
     """`judge` on the completions with human labels of the file `path`. Raises JudgeError as `read_labels` does.
 
-    kept: JSONL of what the judge said; what it has is not asked again.
+    kept: JSONL of what the judge said; what it has is not asked again, of a judge that takes its time.
     """
     rows = read_labels(path)
     said = _said(judge, rows, kept)
@@ -44,6 +44,8 @@ def accuracy_on(judge: Judge, path: Path, name: str | None = None, kept: Path | 
 
 
 def _said(judge: Judge, rows: Sequence[LabelledCompletion], kept: Path | None) -> list[str]:
+    if getattr(judge, "early", True):  # rules are quick, and may be others under the same name
+        kept = None
     known = {row["key"]: row["label"] for row in read_jsonl(kept)} if kept is not None and kept.exists() else {}
     keys = [key_of(judge.name, row.prompt, row.completion) for row in rows]
     rest = list({key: at for at, key in enumerate(keys) if key not in known}.values())

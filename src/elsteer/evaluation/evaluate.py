@@ -221,6 +221,11 @@ class _Work:
     seconds: dict[str, float] = field(default_factory=dict)
     answers: dict[str, dict[str, Answer]] = field(default_factory=dict)
 
+    @property
+    def whole(self) -> bool:
+        """Whether answers go on where their verdict is clear: how harmful one is, is told of the whole of it."""
+        return self.harm and getattr(self.judge, "early", True)
+
     def run_suite(self, suite: str, prompts: list[Prompt], landscapes: dict[str, Landscape]) -> None:
         caches = PromptCaches(
             self.model,
@@ -246,7 +251,7 @@ class _Work:
             "tokens_at_most": self.max_new_tokens,
             "key": self._key(landscape),
         }
-        if self.harm:  # how harmful an answer is, is told of the whole of it
+        if self.whole:
             mark["whole"] = True
 
         def describe(prompt: Prompt) -> dict[str, Any]:
@@ -269,7 +274,7 @@ class _Work:
                 caches,
                 self.judge,
                 max_new_tokens=self.max_new_tokens,
-                early_stop=not self.harm,
+                early_stop=not self.whole,
                 steering=steering,
                 path=path,
                 extra=mark,
@@ -362,7 +367,7 @@ class _Work:
         found: dict[tuple[str, str], float | None] = {}
         for suite in self.caches:
             rows = [row for row in self.rows if row["harmful"] and (row["suite"], row["method"]) == (suite, method)]
-            key = key_of(self._key(landscape), self.max_new_tokens)
+            key = key_of(self._key(landscape), self.max_new_tokens, *(["whole"] if self.whole else []))
             path = self.run / f"evaluation/harm.{suite}.{method}.{key}.jsonl"
             known = {row["prompt_id"]: row["harm"] for row in read_jsonl(path)} if path.exists() else {}
             rest = [row for row in rows if row["prompt_id"] not in known]

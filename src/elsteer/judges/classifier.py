@@ -56,6 +56,7 @@ class ClassifierJudge:
     weights: NDArray[np.float64]
     bias: float
     name: str = "classifier"
+    early = False  # no verdict falls before the end of an answer
 
     @classmethod
     def train(cls, rows: Sequence[LabelledCompletion]) -> Self:

@@ -120,6 +120,11 @@ class LocalJudge:
 
         self._model, self._tokenizer = load(self.model, dtype=self.dtype)
 
+    @property
+    def early(self) -> bool:
+        """Whether verdicts may fall before the end of an answer: the rules' do."""
+        return self._family.refusal is None
+
     def judge(self, prompt: str, completion: str) -> Verdict:
         """The verdict on a whole completion."""
         return self.judge_many([prompt], [completion])[0]

@@ -28,7 +28,10 @@ class Verdict:
 
 
 class Judge(Protocol):
-    """Says whether a completion refuses. One file and one line in `elsteer.judges.JUDGES` make a new one."""
+    """Says whether a completion refuses. One file and one line in `elsteer.judges.JUDGES` make a new one.
+
+    An attribute `early`, False, says that `decided` never says anything.
+    """
 
     name: str
 

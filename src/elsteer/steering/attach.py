@@ -190,9 +190,9 @@ class Steering:
         setattr(self._owner, STEERED, self)
         self._handles.append(self._owner.register_forward_pre_hook(self._before, with_kwargs=True))
         self._handles.append(self._owner.register_forward_hook(self._after))
-        wrapper = getattr(self.model, self.model.base_model_prefix, self.model)
-        if wrapper is not self._owner and isinstance(wrapper, nn.Module):  # such as one with a vision tower
-            self._handles.append(wrapper.register_forward_pre_hook(self._wrapped, with_kwargs=True))
+        for module in self.model.modules():  # around the decoder, such as one with a vision tower beside it
+            if module is not self.model and any(part is self._owner for part in module.children()):
+                self._handles.append(module.register_forward_pre_hook(self._wrapped, with_kwargs=True))
         for at, move in self._moves.items():
             self._handles.append(self._blocks[at].register_forward_pre_hook(self._layer(at, move), with_kwargs=True))
         if hasattr(self.model, "generate"):
@@ -293,7 +293,8 @@ class Steering:
             if self._reads:
                 self._columns = self._prompt_columns(rows, seen + width, inputs.device)
         else:
-            if rows > 1 and mask is not None and not _two_dimensional(mask):
+            told = _two_dimensional(mask) or _two_dimensional(kwargs.get("position_ids"))
+            if rows > 1 and mask is not None and not told:
                 raise SteeringError(
                     "Where the rows' pads are cannot be told from an attention mask of this form: give one of two dimensions, "
                     "(rows, columns), or one row at a time."
@@ -322,7 +323,7 @@ class Steering:
             self._starts = self._given[0].to(position.device) - 1
             return self._starts
         if self._begins(cache, seen, position.shape[1]):
-            if seen and position.shape[1] == 1:
+            if seen and position.shape[1] == 1 and not self._goes_on(cache):
                 raise SteeringError(
                     "It cannot be told whether this token ends a prompt or goes on with an answer, as its cache is not that of "
                     "the pass before: use model.generate, or say where prompts end with `with steering.prompts(lengths):`."
@@ -336,8 +337,11 @@ class Steering:
         return self._starts
 
     def _begins(self, cache: Any, seen: int, width: int) -> bool:
-        same = cache is not None and self._cache is not None and self._cache() is cache
-        return seen == 0 or width > 1 or not same or self._starts is None
+        return seen == 0 or width > 1 or not self._goes_on(cache) or self._starts is None
+
+    def _goes_on(self, cache: Any) -> bool:
+        """Whether the pass goes on with the cache of the one before."""
+        return cache is not None and self._cache is not None and self._cache() is cache
 
     def _per_row(self, rows: int) -> Tensor | float:
         if not isinstance(self._strength, Tensor):
