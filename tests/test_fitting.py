@@ -590,11 +590,16 @@ def test_a_template_that_opens_a_thought_is_told_before_anything_is_asked(tiny: 
     assert passes == []
 
 
-def test_answers_of_an_earlier_form_of_the_key_are_kept(tiny: Tiny, tmp_path: Path) -> None:
+def test_answers_of_an_earlier_form_of_the_key_are_kept(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That held the model's name, too."""
+    source = {"name": "org/named", "revision": None, "origin": "hub"}
+    monkeypatch.setattr(tiny[0], "elsteer_source", source, raising=False)
     fitted(tiny, tmp_path)
     stages = json.loads((tmp_path / "stages.json").read_text())
-    print_of, settings = fingerprint(*tiny), tiny_settings(tuning=HELPS)
-    earlier = key_of(print_of.to_dict(), settings.collect.model_dump(), str(tiny[0].dtype), None)
+    collected = tiny_settings(tuning=HELPS).collect.model_dump()
+    earlier = key_of(fingerprint(*tiny).to_dict(), collected, str(tiny[0].dtype), None)
     assert earlier != stages["collect"]
     (tmp_path / "stages.json").write_text(json.dumps({**stages, "collect": earlier}))
     files = [tmp_path / name for name in ("completions.jsonl", "dev.jsonl", "states/000000.safetensors")]
@@ -620,17 +625,14 @@ def test_weights_that_no_gradient_goes_through_are_not_trained_through(tiny: Tin
     assert fit(model, tiny[1], TRAIN, dev=DEV, neutral=NEUTRAL, run_dir=tmp_path, settings=tiny_settings(tuning=HELPS))
 
 
-def test_another_name_or_commit_of_the_same_model_keeps_its_answers(tiny: Tiny, tmp_path: Path) -> None:
+def test_another_name_or_commit_of_the_same_model_keeps_its_answers(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = fitted(tiny, tmp_path)
-    before = getattr(tiny[0], "elsteer_source", None)
-    tiny[0].elsteer_source = {"name": "org/renamed", "revision": "0" * 40, "origin": "hub"}
-    try:
-        with forward_passes(tiny[0]) as passes:
-            again = fitted(tiny, tmp_path)
-    finally:
-        del tiny[0].elsteer_source
-        if before is not None:
-            tiny[0].elsteer_source = before
+    source = {"name": "org/renamed", "revision": "0" * 40, "origin": "hub"}
+    monkeypatch.setattr(tiny[0], "elsteer_source", source, raising=False)
+    with forward_passes(tiny[0]) as passes:
+        again = fitted(tiny, tmp_path)
     assert passes == []
     assert again.digest() == first.digest()
 
