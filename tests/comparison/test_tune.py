@@ -93,6 +93,14 @@ def test_the_best_is_tried_at_other_strengths_too(tiny: Tiny, tmp_path: Path) ->
     assert chosen(tiny, tmp_path / "more", {1.0: (0.6, 0.5), 1.4: (0.8, 0.5)}, 1) == (1.4, True)
 
 
+def test_other_strengths_are_tried_of_the_one_that_removes_and_not_of_the_one_that_is_merely_safe(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    """One adds false refusals and keeps the bounds; less of the other keeps them and removes some."""
+    does = {0.3: (0.4, 0.7), 1.0: (0.4, 0.7), 2.0: (0.6, 0.495), 4.0: (0.7, 0.47)}
+    assert chosen(tiny, tmp_path, does, 0.3, 4) == (2.0, True)
+
+
 def test_settings_that_differ_in_the_window_alone_are_one_finalist(tiny: Tiny, tmp_path: Path) -> None:
     """And the best of them is judged with both windows."""
     moves = {1: AddVector(torch.ones(32))}

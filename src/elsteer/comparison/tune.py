@@ -111,7 +111,7 @@ class _BaselineTuner(Tuner):
         judged = self._finalists(screened)
         judged += [self._verdicts(rule) for rule in self._around(judged)]
         self._bound_kl(screened, judged)
-        best = self._ranked(judged)[0]
+        best = self._best(judged)
         more = self._screen(self._strengths(best))
         if more:
             first = next(trial for trial in screened if trial.rule == best.rule)
@@ -120,12 +120,14 @@ class _BaselineTuner(Tuner):
             judged.append(self._verdicts(promising.rule))
             screened += more
             self._bound_kl(screened, judged)
-        kept = [trial for trial in judged if trial.feasible and trial.removed > 0]
-        if kept:
-            best = max(kept, key=lambda trial: (round(trial.answered_benign, 2), trial.refused_harmful))
-        else:
-            best = max(judged, key=self._worth)
+        best = self._best(judged)
         return Tuned(self.landscape(best.rule), best, best.feasible, [*screened, *judged])
+
+    def _best(self, judged: list[Trial]) -> Trial:
+        """Of those that keep the bounds and remove anything the one that answers most; without one the best worth."""
+        if kept := [trial for trial in judged if trial.feasible and trial.removed > 0]:
+            return max(kept, key=lambda trial: (round(trial.answered_benign, 2), trial.refused_harmful))
+        return max(judged, key=self._worth)
 
     def _open(self, screened: list[Trial]) -> list[Trial]:
         return super()._open(screened) or screened  # one of them stands for the method
@@ -138,7 +140,7 @@ class _BaselineTuner(Tuner):
 
     def _around(self, judged: list[Trial]) -> list[dict[str, Any]]:
         """The best setting with its other windows."""
-        best = self._ranked(judged)[0].rule
+        best = self._best(judged).rule
         rules = [_rule(one) for one in self.candidates.values()]
         return [rule for rule in rules if rule != best and self._group(rule) == self._group(best)]
 
