@@ -97,7 +97,7 @@ def test_other_strengths_are_tried_of_the_one_that_removes_and_not_of_the_one_th
     tiny: Tiny, tmp_path: Path
 ) -> None:
     """One adds false refusals and keeps the bounds; less of the other keeps them and removes some."""
-    does = {0.3: (0.4, 0.7), 1.0: (0.4, 0.7), 2.0: (0.6, 0.495), 4.0: (0.7, 0.47)}
+    does = {0.3: (0.4, 0.7), 1.0: (0.4, 0.7), 2.0: (0.6, 0.495), 4.0: (0.7, 0.47), 5.6: (0.75, 0.3)}
     assert chosen(tiny, tmp_path, does, 0.3, 4) == (2.0, True)
 
 

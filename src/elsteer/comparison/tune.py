@@ -3,7 +3,8 @@
     screening   at most `budget` candidates, by their first tokens and the KL on neutral prompts
     verdicts    whole answers of the `finalists` best of these, settings that differ in the window alone once
     window      the best of these with its other windows
-    strength    the best at 0.5, 0.7 and 1.4 times its strength, screened, and verdicts of the best of those three
+    strength    the best at 0.5, 0.7 and 1.4 times its strength, screened; verdicts of the best of those three and, where that
+                breaks a bound, of the next
     chosen      of those that keep safety and the KL bound, the one that answers most benign prompts
 
 A landscape of ours must gain refusals, and surely not lose them once they are weighted. A baseline need only keep them: it may
@@ -116,10 +117,13 @@ class _BaselineTuner(Tuner):
         if more:
             first = next(trial for trial in screened if trial.rule == best.rule)
             beyond = [after - before for after, before in zip(rates(best), rates(first), strict=True)]
-            promising = max(more, key=lambda trial: (ABOVE_KL not in trial.why_not, self._worth(trial, beyond)))
-            judged.append(self._verdicts(promising.rule))
+            more.sort(key=lambda trial: (ABOVE_KL not in trial.why_not, self._worth(trial, beyond)), reverse=True)
             screened += more
-            self._bound_kl(screened, judged)
+            for trial in more[:2]:
+                judged.append(self._verdicts(trial.rule))
+                self._bound_kl(screened, judged)
+                if judged[-1].feasible:
+                    break
         best = self._best(judged)
         return Tuned(self.landscape(best.rule), best, best.feasible, [*screened, *judged])
 
