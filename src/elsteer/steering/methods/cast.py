@@ -102,18 +102,17 @@ def best_threshold(scores: Tensor, positive: Tensor) -> tuple[float, float]:
 
 def _cast(evidence: Evidence) -> list[Candidate]:
     wide, single = band(evidence.depth, 0.4, 0.8), singles(evidence.depth, (0.5,))[0]
-    shares = (0.05, 0.1, 0.2, 0.3)
+    few = (0.02, 0.05, 0.1)
     # layers, condition, share of the rightly refused that is called benign (None: the best F1), alpha, alpha of refusal
     plan: list[tuple[tuple[int, ...], str, float | None, float, float]] = [
-        *((wide, "linear", share, 2.0, 0.0) for share in (None, *shares)),
-        *((wide, "mean", share, 2.0, 0.0) for share in (None, *shares)),
-        *((wide, "principal", share, 2.0, 0.0) for share in (None, *shares)),
-        *((wide, "linear", share, 1.0, 0.0) for share in shares[1:]),
-        *((wide, "linear", share, 4.0, 0.0) for share in shares[:2]),
-        *((single, "linear", share, 1.0, 0.0) for share in shares[1:3]),
+        *((wide, "linear", share, 2.0, 0.0) for share in (None, *few, 0.2)),
+        *((wide, "mean", share, 2.0, 0.0) for share in (None, *few)),
+        *((wide, "principal", share, 2.0, 0.0) for share in (None, *few[1:])),
+        *((wide, "linear", share, 1.0, 0.0) for share in few),
+        *((single, "linear", share, 1.0, 0.0) for share in few),
     ]
     if evidence.rows("jailbreak").any():
-        plan += [(wide, "linear", share, 2.0, 0.25) for share in shares[1:3]]
+        plan += [(wide, "linear", share, 2.0, refuse) for share in few for refuse in (0.25, 0.5)]
     plan = list(dict.fromkeys(plan))
     fitted = {at: _Fitted(evidence, at) for at in sorted({layer for layers, *_ in plan for layer in layers})}
     found = []
