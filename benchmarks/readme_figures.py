@@ -126,7 +126,7 @@ def methods(of_size: dict[str, Figure], size: str) -> list[str]:
     if any(line.partition(" | ")[0].endswith("(*)") for line in lines):
         lines += [
             "",
-            "(*) Breaks the bounds on dev, as the other settings tried did: shown is the one with the best trade.",
+            "(*) No setting tried on dev kept the bounds and removed any: shown is the one with the best trade.",
         ]
     picture = f"results/frontier-{size}.png"
     lines += ["", f"![Benign prompts answered against harmful prompts refused, by method]({picture})"]

@@ -406,7 +406,8 @@ def _check_dev(prompts: Sequence[Prompt], plain: Sequence[Completion], settings:
         )
     if "refusal" not in labels[False]:
         raise PromptError(
-            "The model refuses no benign dev prompt: there is nothing to tune; give dev prompts that it refuses."
+            "The model refuses no benign dev prompt: there is nothing to tune. Give dev prompts that it refuses, or leave the "
+            "model as it is."
         )
     if "compliance" not in labels[False]:
         raise PromptError(
