@@ -184,7 +184,7 @@ def _collected(
 ) -> _Collected:
     """fitted: whether energies are to be trained and tuned on it."""
     # What can be wrong with the prompts or the judge's name is said before anything is deleted or computed.
-    get_judge(settings.collect.judge)
+    judge = get_judge(settings.collect.judge)
     _check_template(tokenizer, prompts, settings)
     if fitted and is_refined(settings):
         _check_trainable(model)
@@ -204,7 +204,7 @@ def _collected(
     looked = context_blocks(settings, num_layers(model))
     # Not by name: a folder that was moved, or a newer commit of the same weights, is the same model.
     same = {**print_of.to_dict(), "name": None, "revision": None}
-    asked = {**settings.collect.model_dump(), "judge": get_judge(settings.collect.judge).name}
+    asked = {**settings.collect.model_dump(), "judge": judge.name}
     key = key_of(same, asked, str(model.dtype), looked)
     run.renamed("collect", key_of(print_of.to_dict(), settings.collect.model_dump(), str(model.dtype), looked), key)
     _check_disk(run, model, train_caches, dev_caches, settings, looked, copies=fitted)

@@ -38,7 +38,7 @@ from elsteer.prompts import under_attack
 from elsteer.run import key_of, of_stage, without_nan
 from elsteer.settings import TuningSettings
 
-__all__ = ["ABOVE_KL", "Trial", "Tuner", "bands", "rates"]
+__all__ = ["ABOVE_KL", "Trial", "Tuner", "bands", "order", "rates"]
 
 Progress = Callable[[str, int, int], None]
 ABOVE_KL = "KL above its bound"
@@ -154,7 +154,7 @@ class Tuner:
         open_ = [trial for trial in judged if trial.feasible]
         shorter = self.settings.finalists
         while open_:
-            trial = max(open_, key=_order)
+            trial = max(open_, key=order)
             open_.remove(trial)
             if trial.removed <= self.settings.least_removed:
                 continue
@@ -433,9 +433,8 @@ class Tuner:
         least of k independent ones above its own change as often (Sidak 1967): 1.4 for two, 2.1 for nine.
         """
         by_source: dict[str, list[int]] = defaultdict(list)
-        for at in np.flatnonzero(
-            self.harmful
-        ):  # unscored ones too: which sources are looked at must not depend on the answers
+        # Unscored ones too: which sources are looked at must not depend on the answers.
+        for at in np.flatnonzero(self.harmful):
             prompt = self.dev.prompts[at]
             by_source["prompts under attack" if under_attack(prompt) else prompt.source].append(int(at))
         scored = {
@@ -481,9 +480,8 @@ class Tuner:
         answered = [
             at for at, one in enumerate(self.plain) if one.label == "compliance" and not self.dev.prompts[at].harmful
         ]
-        answered = answered[:: max(1, len(answered) // settings.quality_prompts)][
-            : settings.quality_prompts
-        ]  # of all kinds
+        spread = slice(None, None, max(1, len(answered) // settings.quality_prompts))  # over all kinds
+        answered = answered[spread][: settings.quality_prompts]
         if not self._plain_answers:
             self._plain_answers = self._at_length(self.dev, answered, None)
         with self.landscape(trial.rule).attach(self.dev.model) as steering:
@@ -547,7 +545,7 @@ def rates(trial: Trial) -> tuple[float, float, float, float]:
     return trial.removed, trial.refused_harmful, trial.weighted, trial.worst_source
 
 
-def _order(trial: Trial) -> tuple[float, float]:
+def order(trial: Trial) -> tuple[float, float]:
     """Ties within a point go to the safer one: dev is small."""
     return round(trial.answered_benign, 2), trial.refused_harmful
 

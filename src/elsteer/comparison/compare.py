@@ -276,7 +276,7 @@ class _Work:
                 self._made(name),
                 self.tuning.measuring(),
                 [(one.id, one.source) for one in (*self.dev, *self.neutral)],
-                get_judge(self.settings.collect.judge).name,
+                self.tuner.judge.name,
                 "strengths around the best",
             ),
         )

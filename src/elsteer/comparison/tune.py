@@ -32,7 +32,7 @@ from elsteer.evaluation.quality import kl_of_logits
 from elsteer.files import read_jsonl
 from elsteer.run import key_of
 from elsteer.steering.methods.baseline import Candidate
-from elsteer.tuning import ABOVE_KL, Trial, Tuner, rates
+from elsteer.tuning import ABOVE_KL, Trial, Tuner, order, rates
 
 __all__ = ["BUDGET", "FINALISTS", "Tuned", "tune_baseline"]
 
@@ -100,8 +100,8 @@ class _BaselineTuner(Tuner):
         self.path, self.with_system, self.made = path, with_system, made
         self.trials = {row["key"]: Trial.from_row(row["trial"]) for row in read_jsonl(path)}
         self.own: dict[str, tuple[PromptCaches, PromptCaches]] = {}
-        self.firsts: dict[str, list[int]] = {}  # first tokens by candidate, the window aside, which comes after them
-        self.screening = ""
+        self.firsts: dict[Hashable, list[int]] = {}  # first tokens by group: the window comes after them
+        self.screening: Hashable = None
 
     def landscape(self, rule: dict[str, Any]) -> Any:
         """The candidate of these settings."""
@@ -130,7 +130,7 @@ class _BaselineTuner(Tuner):
     def _best(self, judged: list[Trial]) -> Trial:
         """Of those that keep the bounds and remove anything the one that answers most; without one the best worth."""
         if kept := [trial for trial in judged if trial.feasible and trial.removed > 0]:
-            return max(kept, key=lambda trial: (round(trial.answered_benign, 2), trial.refused_harmful))
+            return max(kept, key=order)
         return max(judged, key=self._worth)
 
     def _open(self, screened: list[Trial]) -> list[Trial]:
@@ -177,7 +177,7 @@ class _BaselineTuner(Tuner):
         self.__dict__.update({name: self.shared.__dict__[name] for name in _UNSTEERED})
 
     def _screened(self, rule: dict[str, Any]) -> Trial:
-        self.screening = json.dumps({name: rule[name] for name in rule if name != "window"}, sort_keys=True)
+        self.screening = self._group(rule)
         with _Caches(self, rule):
             return self._without_system(super()._screened(rule))
 
