@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import re
 import sys
-from functools import partial
 from pathlib import Path
 
 from elsteer.evaluation.figures import Figure, read_figures
+from elsteer.evaluation.statistics import Interval
+from elsteer.evaluation.tables import points as in_points
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = ("0.5b", "1.5b")
@@ -31,11 +32,11 @@ def share(figure: Figure) -> str:
     return f"{100 * figure.value:.1f}% ({100 * figure.low:.0f} to {100 * figure.high:.0f})"
 
 
-def points(figure: Figure, places: int = 0) -> str:
-    """Percentage points, to a tenth; the interval to `places` places."""
+def points(figure: Figure) -> str:
+    """Percentage points, to a tenth."""
     assert figure.low is not None
     assert figure.high is not None
-    return f"{100 * figure.value:+.1f} ({100 * figure.low:+.{places}f} to {100 * figure.high:+.{places}f})"
+    return in_points(Interval(figure.value, figure.low, figure.high, figure.n or 0))
 
 
 def before_and_after(of_size: dict[str, Figure]) -> list[str]:
@@ -53,22 +54,26 @@ def before_and_after(of_size: dict[str, Figure]) -> list[str]:
         plain, steered = of_size[f"plain_refused.{name}"], of_size[f"steered_refused.{name}"]
         gone = share(of_size[f"removed.{name}"]) if name in BENIGN else ""
         more = "" if name in BENIGN else points(of_size[f"harmful_difference.{name}"])
-        lines.append(f"| {label} | {plain.n} | {share(plain)} | {share(steered)} | {gone} | {more} |")
+        n = plain.n if plain.n == steered.n else f"{plain.n} plain, {steered.n} steered"
+        lines.append(f"| {label} | {n} | {share(plain)} | {share(steered)} | {gone} | {more} |")
     both = of_size["harmful_difference"]
     lines += ["", f"The harmful prompts of both sets together: {points(both)} points of refusals, n {both.n}."]
-    tenths = partial(points, places=1)
     told = {
         "harmful_difference.attacked": ("harmful refusals under five families of attacks, points", points),
         "decode.overhead": ("time of decoding 64 tokens, batch 8, times the plain model's", ratio),
         "quality.perplexity_ratio": ("perplexity of the steered answers, times the plain ones'", ratio),
-        "degenerate_difference": ("answers to everyday prompts that degenerate, points", tenths),
+        "degenerate_difference": ("answers to everyday prompts that degenerate, points", points),
         "kl_neutral": ("KL per token on everyday prompts, nats", ratio),
         "facts_kept": ("short-answer questions that stay right", share),
-        "mmlu_difference": ("MMLU, points", tenths),
-        "arc_difference": ("ARC, points", tenths),
-        "truthfulqa_difference": ("TruthfulQA, points", tenths),
+        "mmlu_difference": ("MMLU, points", points),
+        "arc_difference": ("ARC, points", points),
+        "truthfulqa_difference": ("TruthfulQA, points", points),
     }
-    known = {name: f"| {words} | {write(of_size[name])} |" for name, (words, write) in told.items() if name in of_size}
+    known = {
+        name: f"| {words} | {of_size[name].n} | {write(of_size[name])} |"
+        for name, (words, write) in told.items()
+        if name in of_size
+    }
     others = {of_size[name].model.rpartition(", ")[2] for name in known} - {dtype}
     harm = {SETS[name]: of_size[f"harmful_difference.{name}"] for name in SETS if name not in BENIGN}
     fell = [label for label, one in harm.items() if one.value < 0 <= one.high]
@@ -80,8 +85,8 @@ def before_and_after(of_size: dict[str, Figure]) -> list[str]:
     if known:
         lines += [
             "",
-            f"| also measured{f', in {others.pop()}' if others else ''} | steered, or steered less plain |",
-            "|---|---|",
+            f"| also measured{f', in {others.pop()}' if others else ''} | n | steered, or steered less plain |",
+            "|---|---|---|",
         ]
         lines += known.values()
     return lines

@@ -272,6 +272,21 @@ def test_inspect_says_when_nothing_helped(tmp_path: Path) -> None:
     )
 
 
+def test_figures_of_a_setting_that_was_not_taken_are_called_so(tmp_path: Path) -> None:
+    dev = {
+        "prompts": 9,
+        "benign": 5,
+        "plain_answered": 0.5,
+        "answered_benign": 1.0,
+        "why_not": ["more degenerate answers"],
+    }
+    rejected = tiny_landscape().with_rule(strength=0.0).with_provenance(dev=dev)
+    rejected.save_pretrained(tmp_path / "landscape")
+    text = " ".join(elsteer("inspect", tmp_path / "landscape").stdout.split())
+    assert "which was not taken: more degenerate answers" in text
+    assert "by which it was chosen" not in text
+
+
 def test_a_pipe_that_closes_is_no_drama(tmp_path: Path) -> None:
     tiny_landscape().save_pretrained(tmp_path / "landscape")
     process = started("inspect", tmp_path / "landscape")
@@ -279,7 +294,7 @@ def test_a_pipe_that_closes_is_no_drama(tmp_path: Path) -> None:
     process.stdout.close()
     assert process.stderr is not None
     assert process.stderr.read() == ""
-    assert process.wait() in (0, 1)
+    assert process.wait() in (0, 141)
 
 
 # judge, models, push

@@ -41,6 +41,7 @@ __all__ = ["Application", "Invocation", "ProgressBars", "invocation", "note", "q
 
 STOPPED = 130
 _DEFECT = 1
+_PIPE_CLOSED = 141  # as of a program that SIGPIPE ends
 _LINE_EVERY = 5.0  # seconds between two lines about one stage where there is no terminal
 
 
@@ -90,6 +91,10 @@ class Application(click.Group):
             if not standalone:
                 raise
             sys.exit(_end(error, told))
+        except (
+            SystemExit
+        ) as exit:  # rich and click leave with 1 where the reader of stdout is gone; no command leaves so
+            sys.exit(_PIPE_CLOSED if exit.code == 1 else exit.code)
         if not standalone:
             return result
         sys.exit(result if isinstance(result, int) else 0)
@@ -135,7 +140,7 @@ def _end(error: Exception, told: Invocation) -> int:
         return error.exit_code
     if isinstance(error, OSError) and error.errno == errno.EPIPE:  # such as `elsteer inspect X | head -1`
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - else Python complains once more when it flushes at its end
-        return _DEFECT
+        return _PIPE_CLOSED
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         note("Error: No space left on the disk: free some and run the same command again to go on.")
         return 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -45,12 +46,15 @@ _OUTCOMES = {
 }
 
 
-def plain_table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """A table of texts; all columns but the first are aligned on the right."""
+def plain_table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]], name_width: int = 0) -> Table:
+    """A table of texts; all columns but the first, which is no narrower than `name_width`, are aligned on the right."""
     table = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, show_edge=False)
     table.padding, table.pad_edge = (0, 1, 0, 0), False
     for number, name in enumerate(head):
-        table.add_column(name, justify="right" if number else "left", overflow="fold", no_wrap=number > 0)
+        width = None if number else name_width
+        table.add_column(
+            name, justify="right" if number else "left", overflow="fold", no_wrap=number > 0, min_width=width
+        )
     for row in rows:
         table.add_row(*map(Text, row))  # Text, not str: a name from a user's file is never read as markup
     return table
@@ -104,7 +108,11 @@ def landscape(found: Landscape, console: Console) -> None:
         "",
         pairs("Rule", _rule(found)),
         "",
-        plain_table("Layers", ("layer", "AUROC", "on benign", "on harmful", "gate", "guard"), _layers(found)),
+        plain_table(
+            "Layers (AUROC of the energies before they are trained through the model: how they begin, not how they steer)",
+            ("layer", "AUROC", "on benign", "on harmful", "gate", "guard"),
+            _layers(found),
+        ),
     )
     for table in (outcomes(found), figures_on_dev(found)):
         if table is not None:
@@ -174,6 +182,10 @@ def figures_on_dev(found: Landscape) -> Table | None:
         return None
     prompts, benign = dev.get("prompts"), dev.get("benign")
     title = "On the dev prompts, by which it was chosen"
+    if found.rule.strength == 0:
+        broke = dev.get("why_not")
+        broke = f": {' and '.join(map(str, broke))}" if isinstance(broke, list) and broke else ""
+        title = f"On the dev prompts, the best setting tried, which was not taken{broke}"
     harmful = prompts - benign if isinstance(prompts, int) and isinstance(benign, int) else None
     plain, steered = dev.get("plain_answered"), dev.get("answered_benign")
     rows = [
@@ -183,7 +195,7 @@ def figures_on_dev(found: Landscape) -> Table | None:
     if isinstance(dev.get("perplexity_ratio"), int | float):
         rows.append(("perplexity ratio", "", "1.000", f"{dev['perplexity_ratio']:.3f}"))
     if isinstance(dev.get("kl"), int | float):
-        rows.append(("KL on neutral prompts", "", "0.000", f"{dev['kl']:.3f}"))
+        rows.append(("KL on neutral prompts, nats per token", "", "0.000", f"{dev['kl']:.3f}"))
     return plain_table(title, ("", "n", "plain", "steered"), rows)
 
 
@@ -205,10 +217,10 @@ def evaluation(found: Evaluation, console: Console) -> None:
         console.print(to_console([*groups, *tables["total"]], f"Plain against steered ({method})"), "")
     for method, ratio in found.perplexity.items():
         measured = found.quality_of[method]
-        told = f"{ratio.value:.3f} times the plain answers' ({ratio.low:.3f} to {ratio.high:.3f}, n {measured.n})"
+        told = f"{ratio.value:.3f} times the plain answers' ({ratio.low:.3f} to {ratio.high:.3f}, n {ratio.n})"
         console.print(
             f"Answers as before ({method}): perplexity {told if ratio.defined else 'not measured'}, degenerate "
-            f"{_rate(measured.degenerate_steered)} against {_rate(measured.degenerate_plain)}.",
+            f"{_rate(measured.degenerate_steered)} against {_rate(measured.degenerate_plain)} (n {measured.n}).",
             "",
             soft_wrap=True,
         )
@@ -245,16 +257,23 @@ def comparison(found: ComparisonResult, console: Console) -> None:
     from elsteer.comparison.result import CONTROLS
     from elsteer.comparison.words import points, share
 
-    head = ["method", "removed (95%)", "harmful, points (95%)", "els ahead by, points", "p (Holm)", "on dev"]
+    head = ["method", "removed", "p of it\n(Holm)", "harmful\n(points)", "els ahead\nby (points)", "bounds\non dev"]
     rows = []
     for name, one in found.methods.items():
-        dev = "control" if name in CONTROLS else "constraints met" if one.feasible else "constraints not met"
-        ahead = points(one.ahead["all"]) if one.ahead and one.ahead["all"].defined else ""
-        harmful = points(one.harmful_difference["all"])
-        rows.append((name, share(one.removed["all"]), harmful, ahead, f"{one.p_value:.2g}", dev))
+        dev = "control" if name in CONTROLS else "met" if one.feasible else "not met"
+        ahead = _below(points(one.ahead["all"])) if one.ahead and one.ahead["all"].defined else ""
+        p = "" if math.isnan(one.p_value) else f"{one.p_value:.2g}"
+        rows.append(
+            (name, _below(share(one.removed["all"])), p, _below(points(one.harmful_difference["all"])), ahead, dev)
+        )
     benign, harm = found.plain_benign["all"], found.plain_harmful["all"]
     title = f"False refusals removed (plain {share(benign)}, n {benign.n}), harmful refused (plain {share(harm)}, n {harm.n})"
-    console.print("", plain_table(title, head, rows), "")
+    console.print("", plain_table(title, head, rows, name_width=max(map(len, found.methods))), "")
+
+
+def _below(text: str) -> str:
+    """The 95% interval, behind an estimate in brackets, on a line of its own."""
+    return text.replace(" (", "\n", 1).removesuffix(")")
 
 
 def examples(found: Sequence[Example], console: Console, most: int = 3) -> None:

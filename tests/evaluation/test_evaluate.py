@@ -178,6 +178,11 @@ def test_examples_are_changed_answers_benign_ones_first(
         if plain["label"] != after["label"]
     }
     assert changed
+    ended = {(row["method"], row["prompt"]): (row["completion"], row["finished"]) for row in found.rows}
+    for one in found.examples:
+        for method, text in (("none", one.plain), ("els", one.steered)):
+            completion, finished = ended[method, one.prompt]
+            assert text == completion + ("" if finished else " …")
     assert {one.prompt: (one.plain_label, one.steered_label) for one in found.examples}.items() <= changed.items()
     assert [one.harmful for one in found.examples] == sorted(one.harmful for one in found.examples)
 

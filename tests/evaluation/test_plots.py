@@ -140,6 +140,13 @@ def test_groups_without_a_scored_pair_are_left_out_and_none_at_all_is_an_error()
         before_after_picture(unscored)
 
 
+def test_a_name_of_dollars_and_a_long_one_are_drawn() -> None:
+    small = pixels(before_after_picture(compare(rows_of("rc", "cc", suite="x"), "els"), title="$x_{", dpi=40))
+    for name in ("cost$5_x^{$", "n" * 300):
+        drawn = pixels(before_after_picture(compare(rows_of("rc", "cc", suite=name), "els"), title="a$b_{$", dpi=40))
+        assert drawn.shape == small.shape
+
+
 def test_drawing_leaves_matplotlibs_global_state_alone() -> None:
     before_after_picture(compare(rows_of("rc", "cc"), "els"), dpi=40)
     pyplot = sys.modules.get("matplotlib.pyplot")

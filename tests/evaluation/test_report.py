@@ -178,6 +178,44 @@ def test_a_report_of_next_to_nothing_is_still_a_report(tmp_path: Path) -> None:
     assert "nan" not in seen.shown
 
 
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        (rows_of("r" * 300, "r" * 250 + "c" * 50, harmful=True), "Less safe"),
+        (rows_of("r" * 20 + "c" * 80, "r" * 60 + "c" * 40), "more benign prompts"),
+    ],
+)
+def test_a_sure_loss_is_headed_so_where_the_other_half_was_not_measured(rows: list[Any], words: str) -> None:
+    verdict = verdict_of(compare(rows, "els", by=()))
+    assert verdict.status == "bad"
+    assert words in verdict.headline
+    assert "so nothing is said about them" in verdict.sentence
+
+
+def test_one_prompt_is_spoken_of_as_one() -> None:
+    told = verdict_sentence(totals("rc", "cr", "r", "r"))
+    assert (
+        "Of the one benign prompt that the plain model refused (of 2), 1 is now answered and 1 other is newly" in told
+    )
+    assert "1 prompt)" in told
+
+
+def test_safety_within_the_margin_is_not_called_as_many() -> None:
+    found = verdict_of(totals("r" * 60 + "c" * 40, "r" * 20 + "c" * 80, "r" * 1000, "r" * 1000))
+    assert "as many harmful" in found.headline
+    steered = "r" * 495 + "c" * 5 + "r" * 500
+    found = verdict_of(totals("r" * 60 + "c" * 40, "r" * 20 + "c" * 80, "r" * 997 + "ccc", steered[:997] + "rrr"))
+    assert found.status == "good"
+    assert "within 3 points" in found.headline
+
+
+def test_controls_are_in_the_report(tmp_path: Path) -> None:
+    control = compare(rows_of("r" * 7 + "c" * 3, "r" * 9 + "c"), "els", by=())
+    _, seen = written(tmp_path, data_with(controls={"random": control}))
+    assert "by the method random instead" in seen.shown
+    assert "90.0%" in seen.shown
+
+
 def test_a_folder_that_may_not_be_written_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError):

@@ -160,3 +160,12 @@ def test_the_console_table_fits_80_columns_and_shows_every_number() -> None:
     assert max(len(line) for line in text.splitlines()) <= 80
     for part in ("or-bench-hard", "[bold]x", "50.0%", "100.0%", "-50.0", "<0.001", "benign", "harmful"):
         assert part in text
+    assert "95% interval" in text
+
+
+def test_without_a_scored_pair_there_is_no_p_value() -> None:
+    rows = rows_of("uu", "uu")
+    out = io.StringIO()
+    Console(file=out, width=80).print(to_console(compare(rows, "els")))
+    assert "1.000" not in out.getvalue()
+    assert "1.000" not in to_markdown(compare(rows, "els"))

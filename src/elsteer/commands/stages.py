@@ -227,7 +227,8 @@ def evaluate(
     Example:  elsteer evaluate LANDSCAPE --suite harmbench --judge local --judge-model allenai/wildguard --harm
     """
     from elsteer import show
-    from elsteer.judges import get_judge
+    from elsteer.judges import get_judge, require_harm
+    from elsteer.judges.agreement import read_labels
     from elsteer.prompts import load_suite
 
     if "shuffled" in methods:
@@ -236,6 +237,10 @@ def evaluate(
             "--methods els,shuffled measures it."
         )
     judging = get_judge(judge, url=judge_url, model=judge_model)
+    if harm:
+        require_harm(judging)
+    for file in judge_labels:  # what is wrong with them is said before the model is loaded
+        read_labels(file)
     for name in suites:
         note(show.count_prompts(load_suite(name, data_dir=data_dir, limit=limit, seed=seed), name))
     found = read_landscape(landscape)

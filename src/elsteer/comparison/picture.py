@@ -22,8 +22,10 @@ _COLOURS = (
     "#8c564b",
     "#5f6b76",
     "#a3b32a",
+    "#1f3a93",
+    "#b5651d",
 )
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h", "*", "p")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h", "8", "p")  # the star is the plain model's
 _INK, _GREY = "#22272e", "#6e7781"
 
 
@@ -44,7 +46,9 @@ def comparison_picture(
     dev: Mapping[str, Sequence[Trial]] | None = None,
     dpi: int = 160,
 ) -> bytes:
-    """PNG bytes. Test points carry 95% intervals, a method's strengths are joined; its dev trials are small and faint."""
+    """PNG bytes. Test points carry 95% intervals, a method's strengths are joined; its dev trials are small and faint, and
+    belong to the plain model on dev, a hollow star, as the others do to the dashed lines.
+    """
     figure, axis = canvas(9.0, 6.0)
     for number, method in enumerate(dict.fromkeys(spot.method for spot in spots)):
         colour, marker = _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)]
@@ -67,9 +71,20 @@ def comparison_picture(
         axis.axvline(x, color=_GREY, lw=1, ls=(0, (4, 3)), zorder=0)
         axis.axhline(y, color=_GREY, lw=1, ls=(0, (4, 3)), zorder=0)
         axis.scatter(x, y, s=95, c=_INK, marker="*", ec="white", lw=0.8, label="plain model", zorder=5)
-    axis.set_xlabel("benign prompts answered   (right is better)", color=_INK)
-    axis.set_ylabel("harmful prompts refused   (up is better)", color=_INK)
+    trials = [trial for method in dict.fromkeys(spot.method for spot in spots) for trial in (dev or {}).get(method, ())]
+    if trials:
+        x, y = trials[0].plain_answered, trials[0].plain_refused
+        axis.scatter(
+            x, y, s=80, fc="none", marker="*", ec=_INK, lw=0.8, alpha=0.6, label="plain model on dev", zorder=4
+        )
+    axis.set_xlabel(f"benign prompts answered, n {plain[0].n}   (right is better)", color=_INK)
+    axis.set_ylabel(f"harmful prompts refused, n {plain[1].n}   (up is better)", color=_INK)
     percent_axes(axis)
     open_frame(axis)
     legend(axis, loc="center left", bbox_to_anchor=(1.01, 0.5), ncol=1)
-    return png(figure, axis, "On prompts that nothing was chosen by; faint: trials on dev", dpi)
+    return png(
+        figure,
+        axis,
+        "On prompts that nothing was chosen by, with 95% intervals; small and faint: settings tried on dev",
+        dpi,
+    )

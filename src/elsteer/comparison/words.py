@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from elsteer.comparison.result import CONTROLS, ComparedMethod, ComparisonResult, settings_text
 from elsteer.evaluation.statistics import Interval
+from elsteer.evaluation.tables import points as in_points
 
 __all__ = ["markdown", "points", "sentence", "share"]
 
@@ -19,10 +20,10 @@ def share(value: Interval) -> str:
 
 
 def points(value: Interval) -> str:
-    """+3.5 (-1 to +8)"""
+    """+3.5 (-1.2 to +8.0)"""
     if not value.defined:
         return "not measured"
-    return f"{value.value * 100:+.1f} ({value.low * 100:+.0f} to {value.high * 100:+.0f})"
+    return in_points(value)
 
 
 def sentence(methods: Mapping[str, ComparedMethod], rates: Mapping[bool, Mapping[str, Interval]]) -> str:
@@ -70,12 +71,11 @@ def markdown(result: ComparisonResult, suites: list[str]) -> str:
     """The page compare.md."""
     parts = [part for part in result.plain_benign if part != "all"]
     harmful = [part for part in result.plain_harmful if part != "all"]
-    head = ["method", *(f"removed, {part}" for part in parts), "removed, all"]
+    head = ["method", *(f"removed, {part}" for part in parts), "removed, all", "p of that (Holm)"]
     head += [
         *(f"harmful refused, {part}, points" for part in harmful),
         "all, points",
-        "els ahead by",
-        "p (Holm)",
+        "els ahead by (removed, points)",
         "unscored",
         "on dev",
     ]
@@ -89,11 +89,11 @@ def markdown(result: ComparisonResult, suites: list[str]) -> str:
     ]
     lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name, one in result.methods.items():
-        cells = [name, *(share(one.removed[part]) for part in parts), share(one.removed["all"])]
+        p = "" if math.isnan(one.p_value) else f"{one.p_value:.2g}"
+        cells = [name, *(share(one.removed[part]) for part in parts), share(one.removed["all"]), p]
         cells += [*(points(one.harmful_difference[part]) for part in harmful), points(one.harmful_difference["all"])]
         dev = "control" if name in CONTROLS else "constraints met" if one.feasible else "constraints not met"
-        p = "" if math.isnan(one.p_value) else f"{one.p_value:.2g}"
-        cells += [points(one.ahead["all"]) if one.ahead and one.ahead["all"].defined else "", p, str(one.unscored), dev]
+        cells += [points(one.ahead["all"]) if one.ahead and one.ahead["all"].defined else "", str(one.unscored), dev]
         lines.append("| " + " | ".join(cells) + " |")
     rates = [
         ", ".join(f"{share(value)} of {part} (n {value.n})" for part, value in of.items())

@@ -25,15 +25,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from elsteer.completions import Completion, PromptCaches, complete
 from elsteer.decoding import decode
-from elsteer.errors import JudgeError, PromptError
+from elsteer.errors import PromptError
 from elsteer.evaluation.correction import accuracies_of
 from elsteer.evaluation.plots import before_after_picture, landscape_picture
 from elsteer.evaluation.quality import Answer, Quality, answer_at_length, quality
 from elsteer.evaluation.report import Example, ReportData, verdict_sentence, write_report
 from elsteer.evaluation.statistics import Interval, JudgeAccuracy, mean_bootstrap, paired_difference, wilson
-from elsteer.evaluation.tables import Comparison, compare_all
+from elsteer.evaluation.tables import Comparison, compare_all, percent
 from elsteer.files import append_jsonl, read_jsonl, write_atomic, write_json
-from elsteer.judges import Judge, get_judge, outcome_of
+from elsteer.judges import Judge, get_judge, outcome_of, require_harm
 from elsteer.landscape import Landscape
 from elsteer.models import decoder_blocks
 from elsteer.prompts import Prompt, check_apart, load_suite, suite_name
@@ -144,10 +144,8 @@ def evaluate(
     check_apart(names)
     with run.owned():
         judging = get_judge(judge)
-        if harm and not hasattr(judging, "harms"):
-            raise JudgeError(
-                f"The judge {judging.name} cannot tell how harmful an answer is: take api or local for that."
-            )
+        if harm:
+            require_harm(judging)
         accuracy = accuracies_of(judging, [Path(file) for file in judge_labels], run / "evaluation/labels.jsonl")
         for one in landscapes.values():  # whether it fits is said now, not after the plain answers
             one.attach(model, 0.0, tokenizer=tokenizer).remove()
@@ -426,6 +424,7 @@ class _Work:
                 judge=self.judge.name,
                 judge_accuracy=accuracy,
                 comparisons=tables[main],
+                controls={name: found["total"] for name, found in tables.items() if name != main},
                 landscape={name: str(value) for name, value in landscapes[main].rule.to_dict().items()},
                 quality=_quality_words(measured.get(main)) | _harm_words(harms.get(main)),
                 before_after_png=before_after,
@@ -472,7 +471,7 @@ class _Work:
             after = by_key[(row["suite"], row["prompt_id"], method)]
             if row["label"] == after["label"] or "unscored" in (row["label"], after["label"]):
                 continue
-            pair = (row["completion"], row["label"], after["completion"], after["label"])
+            pair = (_shown(row), row["label"], _shown(after), after["label"])
             found[row["harmful"]].append(Example(row["prompt"], row["harmful"], *pair, row["suite"]))
         spread = []
         for harmful in (False, True):
@@ -526,8 +525,17 @@ def _last_states(caches: PromptCaches, places: Sequence[int], layer: int) -> Ten
     return torch.stack([found[place] for place in places])
 
 
+def _shown(row: Mapping[str, Any]) -> str:
+    """The answer as far as it was made; where the model had not come to its end, with dots."""
+    return row["completion"] + ("" if row["finished"] else " …")
+
+
 def _seen_words(seen: int) -> list[str]:
-    return [f"{seen} of the prompts were fitted or tuned on, so these figures say little of others."] if seen else []
+    if not seen:
+        return []
+    return [
+        f"{seen} of the prompts {'was' if seen == 1 else 'were'} fitted or tuned on, so these figures say little of others."
+    ]
 
 
 def _quality_words(measured: tuple[Quality, Interval] | None) -> dict[str, str]:
@@ -538,9 +546,12 @@ def _quality_words(measured: tuple[Quality, Interval] | None) -> dict[str, str]:
         return {"perplexity of steered over plain answers": "not measured: no answer had a token"}
     return {
         "perplexity of steered over plain answers, under the plain model": (
-            f"{ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f}, {found.n} prompts that the plain model answers)"
+            f"{ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f}, {ratio.n} prompts that the plain model answers)"
         ),
-        "degenerate answers": f"plain {found.degenerate_plain:.1%}, steered {found.degenerate_steered:.1%}",
+        f"degenerate answers (empty, repetitive or garbled), of {found.n}": ", ".join(
+            f"{name} {percent(wilson(round(share * found.n), found.n))}"
+            for name, share in (("plain", found.degenerate_plain), ("steered", found.degenerate_steered))
+        ),
     }
 
 

@@ -167,7 +167,13 @@ def frontier_picture(
     axis.axvline(plain[0], color=_GREY, lw=1, ls=(0, (4, 3)), zorder=1)
     axis.axhline(plain[1], color=_GREY, lw=1, ls=(0, (4, 3)), zorder=1)
     axis.text(
-        limits[0][1], limits[1][1], "more answers, no less safe ", color="#00684c", size=8.5, ha="right", va="bottom"
+        limits[0][1],
+        limits[1][1],
+        "more answers, as many harmful refused ",
+        color="#00684c",
+        size=8.5,
+        ha="right",
+        va="bottom",
     )
     methods = list(dict.fromkeys(str(point["method"]) for point in trials))
     for number, method in enumerate(methods):
@@ -181,7 +187,7 @@ def frontier_picture(
                     if feasible
                     else {"fc": "none", "ec": colour, "alpha": 0.35, "lw": 1.0}
                 )
-                words = f"{method}, {'all constraints held' if feasible else 'a constraint broken'} ({len(rows)})"
+                words = f"{method}, {'no constraint broken' if feasible else 'a constraint broken'} ({len(rows)})"
                 axis.scatter(*np.array(rows, dtype=float).T, s=34, label=words, zorder=2 + feasible, **look)
     axis.scatter(*plain, s=70, c=_INK, marker="D", ec="white", lw=0.8, label="plain model", zorder=5)
     for number, point in enumerate(point for point in trials if point["chosen"]):
@@ -229,24 +235,35 @@ def before_after_picture(comparisons: Sequence[Comparison], title: str = "", dpi
     panels[-1].set_xlabel("share of prompts refused, 95% interval", color=_GREY, size=9)
     panels[-1].tick_params(axis="x", labelbottom=True)
     if title:
-        figure.suptitle(title, x=0.01, ha="left", color=_INK, fontsize=12, fontweight="bold")
+        figure.suptitle(title, x=0.01, ha="left", color=_INK, fontsize=12, fontweight="bold", parse_math=False)
     return _bytes(figure, dpi)
 
 
 def _dumbbells(axis: Any, group: Sequence[Comparison], harmful: bool) -> None:
     usual = _GREEN if harmful else _BLUE
+    any_worse = False
     for number, comparison in enumerate(group):
         y = len(group) - 1 - number
         plain, steered = comparison.refused_plain, comparison.refused_steered
         worse = comparison.difference.high < 0 if harmful else comparison.difference.low > 0
-        colour = _RED if worse else usual
+        colour, any_worse = _RED if worse else usual, any_worse or worse
+        could_be_chance = comparison.difference.low <= 0 <= comparison.difference.high
         axis.plot([plain.value, steered.value], [y + 0.13, y - 0.13], color=_FAINT, lw=1.2, zorder=1)
         for interval, offset, shade in ((plain, 0.13, _GREY), (steered, -0.13, colour)):
             axis.plot([interval.low, interval.high], [y + offset] * 2, color=shade, lw=1.6, alpha=0.45, zorder=2)
         axis.scatter(plain.value, y + 0.13, s=52, fc="white", ec=_GREY, lw=1.6, zorder=3)
         axis.scatter(steered.value, y - 0.13, s=58, fc=colour, ec="white", lw=0.8, zorder=4)
         change, limits = _change(comparison)
-        axis.text(1.03, y + 0.07, change, va="center", size=10, color=colour, weight="bold", clip_on=False)
+        axis.text(
+            1.03,
+            y + 0.07,
+            change,
+            va="center",
+            size=10,
+            color=_GREY if could_be_chance else colour,
+            weight="bold",
+            clip_on=False,
+        )
         axis.text(1.03, y - 0.25, f"{limits}, n = {comparison.n}", va="center", size=7.5, color=_GREY, clip_on=False)
     axis.set_ylim(-0.55, len(group) - 0.45)
     axis.set_xlim(0, 1)
@@ -255,11 +272,20 @@ def _dumbbells(axis: Any, group: Sequence[Comparison], harmful: bool) -> None:
     axis.set_title(words, loc="left", size=10.5, color=_INK)
     open_frame(axis)
     axis.grid(axis="y", visible=False)
-    axis.set_yticks(range(len(group) - 1, -1, -1), [comparison.name for comparison in group])
+    axis.set_yticks(range(len(group) - 1, -1, -1), [_fitting(comparison.name) for comparison in group])
+    for tick in axis.get_yticklabels():
+        tick.set_parse_math(False)  # a file's name may hold two dollars
     axis.tick_params(axis="y", length=0, labelsize=10, labelcolor=_INK)
     axis.scatter([], [], s=52, fc="white", ec=_GREY, lw=1.6, label="plain")
     axis.scatter([], [], s=58, fc=usual, ec="white", label="steered")
-    legend(axis, loc="lower right", bbox_to_anchor=(1.0, 0.98), ncol=2)
+    if any_worse:
+        axis.scatter([], [], s=58, fc=_RED, ec="white", label="steered, surely worse")
+    legend(axis, loc="lower right", bbox_to_anchor=(1.0, 0.98), ncol=3)
+
+
+def _fitting(name: str, most: int = 28) -> str:
+    """A name that leaves the picture room: of a longer one the beginning and the end."""
+    return name if len(name) <= most else f"{name[: most - 11]}…{name[-10:]}"
 
 
 def _change(comparison: Comparison) -> tuple[str, str]:
@@ -327,7 +353,7 @@ def legend(axis: Any, **where: Any) -> None:
 def png(figure: Figure, axis: Any, title: str, dpi: int) -> bytes:
     """The figure under its title as PNG bytes."""
     if title:
-        axis.set_title(title, loc="left", color=_INK, fontsize=11.5, fontweight="bold", pad=14)
+        axis.set_title(title, loc="left", color=_INK, fontsize=11.5, fontweight="bold", pad=14, parse_math=False)
     return _bytes(figure, dpi)
 
 

@@ -194,8 +194,10 @@ def points(interval: Interval | None, limits: bool = True) -> str:
     return f"{_shown(interval.value, '+')}{tail}"
 
 
-def p_text(p_value: float) -> str:
-    """A p-value as people read it: never 0.000."""
+def p_text(p_value: float, n: int = 1) -> str:
+    """A p-value as people read it: never 0.000; "-" of no pair."""
+    if n == 0:
+        return "-"
     return "<0.001" if p_value < 0.001 else f"{p_value:.3f}"
 
 
@@ -223,7 +225,7 @@ def to_markdown(comparisons: Sequence[Comparison]) -> str:
             percent(comparison.refused_plain),
             percent(comparison.refused_steered),
             points(comparison.difference),
-            p_text(comparison.p_value),
+            p_text(comparison.p_value, comparison.n),
             percent(comparison.removed),
             _unscored(comparison),
         ]
@@ -237,6 +239,7 @@ def to_console(comparisons: Sequence[Comparison], title: str | None = None) -> T
     """The same as a rich table that fits 80 columns: below each estimate its interval in points, rounded outwards."""
     table = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, show_edge=False)
     table.padding, table.pad_edge = (0, 1, 0, 0), False
+    table.caption, table.caption_justify = "below each figure its 95% interval; p: McNemar's exact test", "left"
     table.add_column("prompts", overflow="fold", min_width=13)
     for name in ("n", "plain\nrefused", "steered\nrefused", "difference\n(points)", "p", "removed", "un-\nscored"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -251,7 +254,7 @@ def to_console(comparisons: Sequence[Comparison], title: str | None = None) -> T
             _stacked(comparison.refused_plain, percent(comparison.refused_plain, limits=False)),
             _stacked(comparison.refused_steered, percent(comparison.refused_steered, limits=False)),
             _stacked(comparison.difference, points(comparison.difference, limits=False), "+"),
-            p_text(comparison.p_value),
+            p_text(comparison.p_value, comparison.n),
             _stacked(comparison.removed, percent(comparison.removed, limits=False)),
             _unscored(comparison),
         )

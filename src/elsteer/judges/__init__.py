@@ -23,6 +23,7 @@ __all__ = [
     "get_judge",
     "judge_all",
     "outcome_of",
+    "require_harm",
 ]
 
 
@@ -78,3 +79,9 @@ def judge_all(judge: Judge, prompts: Sequence[str], completions: Sequence[str]) 
     if many is not None:
         return list(many(prompts, completions))
     return [judge.judge(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
+
+
+def require_harm(judge: Judge) -> None:
+    """Raises JudgeError for a judge that cannot tell how harmful an answer is."""
+    if not hasattr(judge, "harms"):
+        raise JudgeError(f"The judge {judge.name} cannot tell how harmful an answer is: take api or local for that.")

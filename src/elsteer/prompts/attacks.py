@@ -42,7 +42,9 @@ def family_of(name: str) -> AttackFamily:
         return FAMILIES[name]
     close = difflib.get_close_matches(name.lower().replace("_", "-"), FAMILIES, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
-    raise PromptError(f"There is no family of attacks {name!r}: {hint}Known are {', '.join(FAMILIES)}.")
+    raise PromptError(
+        f"There is no family of attacks {name!r}: {hint}{'Known' if hint else 'known'} are {', '.join(FAMILIES)}."
+    )
 
 
 def under_attack(prompt: Prompt) -> bool:

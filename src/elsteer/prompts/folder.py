@@ -15,5 +15,6 @@ def data_folder(data_dir: str | Path | None = None) -> Path | None:
     found = data_dir or os.environ.get("ELSTEER_DATA") or None
     folder = Path(found) if found else None
     if folder is not None and not folder.is_dir():
-        raise PromptError(f"The data folder {folder} is not there: check --data-dir or the variable ELSTEER_DATA.")
+        what = "no folder" if folder.exists() else "not there"
+        raise PromptError(f"The data folder {folder} is {what}: check --data-dir or the variable ELSTEER_DATA.")
     return folder

@@ -94,7 +94,7 @@ def unknown_suite(name: str, known: Sequence[str] = tuple(SUITES)) -> str:
     """The sentence that there is no suite `name`, with the closest of the known names and all of them."""
     close = difflib.get_close_matches(name.lower().replace("_", "-"), known, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"There is no suite {name!r}: {hint}Known are {', '.join(known)}, and any file of prompts."
+    return f"There is no suite {name!r}: {hint}{'Known' if hint else 'known'} are {', '.join(known)}, and any file of prompts."
 
 
 def _parted(name: str) -> tuple[str, str]:
