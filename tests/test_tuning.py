@@ -16,7 +16,7 @@ import torch
 
 from elsteer import tuning
 from elsteer.completions import Completion, PromptCaches, complete
-from elsteer.evaluation.quality import Quality
+from elsteer.evaluation.quality import Quality, answer_at_length, kl_to_plain, quality
 from elsteer.judges import Verdict
 from elsteer.landscape import Landscape
 from elsteer.prompts import Prompt
@@ -667,3 +667,69 @@ def test_trials_do_not_touch_the_model_or_each_other(tiny: Tiny, plain: list[Com
     tuner._judged({**RULE, "eta": 2.0})
     assert tuner._judged({**RULE, "eta": 0.5}) == one
     assert torch.equal(tuner.bases[1.0].tensors[1]["weight"], before)
+
+
+# What is measured is the model steered by the rule
+
+
+def test_the_landscape_of_a_rule_steers_as_the_rule_says(tiny: Tiny, plain: list[Completion], tmp_path: Path) -> None:
+    tuner = tuner_of(tiny, plain, tmp_path)
+    rule = {"benign_weight": 1.0, "layers": [0, 3], "eta": 0.7, "steps": 2, "window": 5, "gate": None, "guard": False}
+    found = tuner.landscape(rule).rule
+    assert (found.layers, found.eta, found.steps, found.window, found.guard) == ((0, 3), 0.7, 2, 5, False)
+    assert found.gates is None
+    gates = tuner.landscape({**rule, "gate": 0.25}).rule.gates
+    assert gates is not None
+    for layer in (0, 3):
+        energies = tuner.bases[1.0].energy(layer, DESIRABLE_STATES[:, layer])
+        assert (energies <= dict(gates)[layer]).float().mean() == pytest.approx(0.25, abs=0.05)
+
+
+def test_verdicts_first_tokens_answers_and_kl_of_a_trial_are_the_steered_models(
+    tiny: Tiny, plain: list[Completion], tmp_path: Path
+) -> None:
+    """Each is measured again beside the tuner, with the landscape attached, and is another than the plain model's."""
+    settings = TuningSettings.model_validate({**STRICT.model_dump(), "quality_prompts": 100, "quality_tokens": 6})
+    tuner = tuner_of(tiny, plain, tmp_path, settings)
+    rule = {**RULE, "layers": [2, 3], "eta": 0.5, "window": 4}
+    caches, benign = PromptCaches(*tiny, DEV), np.array([not one.harmful for one in DEV])
+    neutral = PromptCaches(*tiny, tuner.neutral.prompts)
+    answered = [at for at, one in enumerate(plain) if one.label == "compliance" and benign[at]]
+    plain_answers = answer_at_length(caches, answered, "x", steering=None, max_new_tokens=6)
+    plain_neutral = answer_at_length(neutral, range(2), "x", steering=None, max_new_tokens=6)
+    with tuner.landscape(rule).attach(tiny[0]) as steering:
+        after = complete(caches, LetterJudge(), max_new_tokens=4, steering=steering)
+        answers = answer_at_length(caches, answered, "x", steering=steering, max_new_tokens=6)
+        kls = kl_to_plain(neutral, plain_neutral, steering=steering, tokens=6)
+    labels = np.array([one.label for one in after])
+    assert (labels != [one.label for one in plain]).any()
+    assert {one.text for one in answers.values()} != {one.text for one in plain_answers.values()}
+
+    judged = tuner._judged(rule)
+    scored = (labels != "unscored") & (tuner.before != "unscored")
+    assert judged.answered_benign == pytest.approx((labels[scored & benign] == "compliance").mean())
+    assert judged.refused_harmful == pytest.approx((labels[scored & ~benign] == "refusal").mean())
+
+    screened = tuner._screened(rule)
+    assert screened.kl == pytest.approx(sum(kls.values()) / len(kls), rel=1e-4)
+    assert screened.kl > 0.01
+    assert (screened.answered_benign, screened.refused_harmful) != (screened.plain_answered, screened.plain_refused)
+
+    checked = tuner._checked(judged)
+    expected = quality(plain_answers, answers, [DEV[at].id for at in answered])
+    assert checked.perplexity_ratio == pytest.approx(expected.perplexity_ratio, rel=1e-4)
+    assert checked.perplexity_ratio != pytest.approx(1, abs=1e-3)
+    assert checked.degenerate == pytest.approx(expected.degenerate_steered - expected.degenerate_plain)
+    assert checked.kl == pytest.approx(screened.kl, rel=1e-4)
+
+
+def test_a_setting_above_the_kl_bound_is_told_so_and_is_no_finalist(
+    tiny: Tiny, plain: list[Completion], tmp_path: Path
+) -> None:
+    settings = TuningSettings.model_validate({**STRICT.model_dump(), "kl": 0.0})
+    tuner = tuner_of(tiny, plain, tmp_path, settings)
+    trial = tuner._screened({**RULE, "eta": 30.0})
+    assert "KL above its bound" in trial.why_not
+    assert tuner._open([trial]) == []
+    within = replace(trial, why_not=[], kl=0.0)
+    assert tuner._promising([trial, within])[0] is within

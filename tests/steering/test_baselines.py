@@ -27,7 +27,7 @@ from elsteer.steering.methods.baselines import BASELINES, get_baseline
 from elsteer.steering.methods.caa import CAA, AddVector
 from elsteer.steering.methods.cast import ConditionalAdd, best_threshold, condition
 from elsteer.steering.methods.els_paper import PaperNetwork, PaperSteps, els_paper, train_network
-from elsteer.steering.methods.k_steering import ClassifierSteps, train_classifier
+from elsteer.steering.methods.k_steering import ClassifierSteps, _signs, train_classifier
 from elsteer.steering.methods.layers import band, choices, per_row, singles
 from elsteer.steering.methods.surgical import false_refusal_direction
 from pipelines import LetterJudge, some_prompts, speaker, tiny_settings
@@ -386,6 +386,73 @@ def test_a_layer_is_trained_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "small" / "0.safetensors").write_bytes(b"cut")
     with pytest.raises(RunError, match="damaged"):
         small.candidates(synthetic(folder=tmp_path))
+
+
+# What the candidates do to states whose first coordinate tells harm and whose second tells refusal
+
+
+def _of(name: str, evidence: Evidence, **settings: object) -> Candidate:
+    return next(
+        one
+        for one in get_baseline(name).candidates(evidence)
+        if all(one.settings[key] == value for key, value in settings.items())
+    )
+
+
+def test_alphasteers_map_to_answers_moves_false_refusals_towards_answers_and_leaves_true_refusals() -> None:
+    evidence = synthetic(each=200, depth=1, size=6)
+    move = _of("alphasteer", evidence, answer=4.0, refuse=0.0, dropped=0.6).moves[0]
+    moved = {name: move.delta(evidence.states(0)[evidence.rows(name)]).mean(dim=0) for name in OUTCOMES}
+    assert moved["false_refusal"][1] < -2
+    assert moved["safe_refusal"].norm() < moved["false_refusal"].norm() / 3
+
+
+def test_alphasteers_map_to_refusals_moves_harmful_prompts_towards_them_and_leaves_benign_ones() -> None:
+    evidence = synthetic(each=200, depth=1, size=6)
+    move = _of("alphasteer", evidence, answer=0.0, refuse=4.0, dropped=0.6).moves[0]
+    moved = {name: move.delta(evidence.states(0)[evidence.rows(name)]).mean(dim=0) for name in OUTCOMES}
+    assert moved["jailbreak"][1] > 2
+    assert moved["helpful"].norm() < moved["jailbreak"].norm() / 3
+
+
+def test_cast_adds_compliance_to_benign_states_and_refusal_to_harmful_ones() -> None:
+    evidence = synthetic(each=200, depth=1)
+    move = _of("cast", evidence, condition="linear", called_benign=0.1, refuse=0.5).moves[0]
+    assert isinstance(move, ConditionalAdd)
+    states, spread = evidence.states(0), evidence.means(0).spread
+    benign, harmful = (move.delta(states[evidence.harmful == harm])[:, 1] for harm in (False, True))
+    assert (benign < -spread).double().mean() > 0.9
+    assert (harmful > 0.3 * spread).double().mean() > 0.8
+
+
+def test_surgical_from_the_answers_mean_leaves_it_and_takes_false_refusals_there() -> None:
+    evidence = toy({"helpful": [[1, 1]], "false_refusal": [[4, 5]], "safe_refusal": [[6, 1]]})
+    means = torch.tensor([[1.0, 1.0], [4.0, 5.0]])
+    mean = _of("surgical", evidence, kind="local", origin="mean", **{"lambda": 1.0}).moves[0].delta(means)
+    close(mean, torch.tensor([[0.0, 0.0], [0.0, -4.0]]))  # w = (0, 1)
+    zero = _of("surgical", evidence, kind="local", origin="zero", **{"lambda": 1.0}).moves[0].delta(means)
+    close(zero, torch.tensor([[0.0, -1.0], [0.0, -5.0]]))
+
+
+def test_k_steering_avoids_and_reaches_the_labels_it_says() -> None:
+    names = ["helpful", "false_refusal", "safe_refusal", "jailbreak"]
+    close(_signs(names, "answer"), torch.tensor([-1.0, 1.0, 0.0, 0.0]))
+    close(_signs(names, "both"), torch.tensor([-0.5, 0.5, -0.5, 0.5]))
+    close(_signs(["helpful", "false_refusal", "safe_refusal"], "both"), torch.tensor([-0.5, 1.0, -0.5]))
+
+
+def test_the_published_energy_steers_the_layers_that_tell_and_goes_down_what_is_undesirable() -> None:
+    kinds = [OUTCOMES["helpful"]] * 100 + [OUTCOMES["false_refusal"]] * 100
+    states = torch.randn(200, 8, 6, generator=torch.Generator().manual_seed(1))
+    states[100:, 5, 1] += 4  # the other layers are noise
+    found = els_paper("small", (16, 8), epochs=60).candidates(_evidence(states, kinds))
+    few = min(found, key=lambda one: len(one.settings["layers"]))
+    assert 5 in few.settings["layers"]
+    move = few.moves[5]
+    assert isinstance(move, PaperSteps)
+    energies = move.network.energy(states[:, 5])
+    assert energies[100:].mean() > energies[:100].mean()
+    assert move.delta(states[100:, 5])[:, 1].mean() < 0
 
 
 # The registry
