@@ -19,6 +19,7 @@ import torch
 import yaml
 
 from elsteer.comparison.compare import finished_fit
+from elsteer.energy.refine import SteeredProducts
 from elsteer.errors import JudgeError, LandscapeError, NothingHelps, PromptError, RunError
 from elsteer.fitting import collect, fit
 from elsteer.judges import JUDGES, Verdict
@@ -288,6 +289,30 @@ def test_a_fit_goes_on_from_a_landscape(tiny: Tiny, tmp_path: Path) -> None:
     assert (again.digest(), core(again)) == (found.digest(), core(found))
     anew = through(tiny, tmp_path / "second", settings=settings, prompts=TRAIN[:60])
     assert not torch.equal(anew.tensors[start.rule.layers[0]]["weight"][0], one["weight"][0])
+
+
+def test_u_is_shifted_by_the_weight_and_then_multiplied_by_its_gain(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[str, float, float]] = []
+    weigh, times = SteeredProducts.weigh, SteeredProducts.times
+    monkeypatch.setattr(
+        SteeredProducts,
+        "weigh",
+        lambda self, ratio, gain=1.0: told.append(("weigh", ratio, gain)) or weigh(self, ratio, gain),
+    )
+    monkeypatch.setattr(
+        SteeredProducts, "times", lambda self, gain: told.append(("times", gain, 1)) or times(self, gain)
+    )
+    settings = changed_training(benign_weights=(3.0,))
+    start = through(tiny, tmp_path / "first", settings=settings)
+    gain = settings.training.refine_gain
+    assert told == [("weigh", 3.0, 1.0), ("times", gain, 1)]
+    told.clear()
+    through(
+        tiny, tmp_path / "second", settings=changed_training(benign_weights=(6.0,)), start=start, prompts=TRAIN[:60]
+    )
+    assert told == [("weigh", 2.0, gain)]
 
 
 def test_a_landscape_without_pooled_steps_is_gone_on_with(tiny: Tiny, tmp_path: Path) -> None:

@@ -77,6 +77,8 @@ def test_the_digest_is_of_the_numbers_alone(tmp_path: Path) -> None:
     layer = landscape.rule.layers[0]
     turned[layer]["bias"] = turned[layer]["bias"] + 1e-3
     assert Landscape(*parts).digest() != landscape.digest()
+    guards = {at: guard.flip(0) for at, guard in landscape.guards.items()}
+    assert Landscape(landscape.rule, landscape.tensors, guards, landscape.fingerprint).digest() != landscape.digest()
 
 
 @pytest.mark.parametrize(("layer_norm", "hidden"), [(True, (8,)), (False, (8,)), (True, ()), (False, (12, 6))])
@@ -140,6 +142,27 @@ def test_attach_moves_by_the_descent_of_the_rule() -> None:
     assert torch.equal(moved[:, :-1], plain[:, :-1])
     kept = landscape.guards[1].T @ (moved[:, -1] - plain[:, -1]).T
     assert kept.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("window", [0, 2])
+def test_attach_moves_the_tokens_of_the_window_and_no_more(window: int) -> None:
+    """By the state of each generated token before block 1, with and without: the first `window` of them are moved there."""
+    model = tiny_model()
+    landscape = tiny_landscape(model).with_rule(layers=(1,), window=window)
+    moved: list[bool] = []
+    before: list[Tensor] = []
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with landscape.attach(model):  # the first hook sees what comes in, the second what ours has made of it
+        hooks = [
+            model.model.layers[1].register_forward_pre_hook(lambda _, args: before.append(args[0]), prepend=True),
+            model.model.layers[1].register_forward_pre_hook(
+                lambda _, args: moved.append(not torch.equal(args[0][:, -1], before[-1][:, -1]))
+            ),
+        ]
+        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, min_new_tokens=5, do_sample=False)
+        for hook in hooks:
+            hook.remove()
+    assert moved == [True, *[True] * window, *[False] * (4 - window)]
 
 
 def test_energy_is_lower_after_the_move() -> None:

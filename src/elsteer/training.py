@@ -245,7 +245,7 @@ def _refined(
             if values is not None:
                 products.see_again(start.tensors, values)
             before, _ = _fitted_by(start)
-            products.offset.data.sub_(settings.training.refine_gain * math.log(weight / before))
+            products.weigh(weight / before, settings.training.refine_gain)
         else:
             sharpness, reader = settings.training.refine_sharpness, None
             if sharpness:
@@ -259,8 +259,7 @@ def _refined(
             if units := settings.training.refine_units:
                 told = of_stage(progress, "training what asks whether to refuse")
                 products.add_units(states, harmful, units, seed=settings.seed, progress=told)
-                # u is log-odds, so a weight shifts it; trained on even weights it tells the kinds apart better.
-                products.offset.data.sub_(math.log(weight))
+                products.weigh(weight)  # trained on even weights u tells the kinds apart better
             products.times(settings.training.refine_gain)
         through.train(products, weight)
         products.cpu()

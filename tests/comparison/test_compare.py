@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from scipy.stats import binomtest
 
 from commands import elsteer, one_sentence
 from elsteer import compare, fit
@@ -95,6 +96,26 @@ def test_every_method_answers_the_same_prompts(tiny: Tiny, fitted: Path, suite: 
     lost, now = (sum(of[one] == "refusal" for one in kept if harmful[one]) for of in (label, steered))
     n = sum(harmful[one] for one in kept)
     assert result.methods["caa"].harmful_difference["all"].value == pytest.approx((now - lost) / n)
+    raw = {}
+    for name in METHODS:
+        mine = {row["prompt_id"]: row["label"] for row in rows[f"mine.{name}.1.jsonl"]}
+        pairs = [(label[one], mine[one]) for one in label if not harmful[one]]
+        gone, new = pairs.count(("refusal", "compliance")), pairs.count(("compliance", "refusal"))
+        raw[name] = binomtest(gone, gone + new).pvalue if gone + new else 1.0
+        if name != "els":
+            both = [one for one in label if not harmful[one]]
+            els = {row["prompt_id"]: row["label"] for row in rows["mine.els.1.jsonl"]}
+            both = [one for one in both if "unscored" not in (label[one], els[one], mine[one])]
+            counts = [sum(of[one] == "refusal" for one in both) for of in (label, els, mine)]
+            assert result.methods[name].ahead["all"].value == pytest.approx((counts[2] - counts[1]) / counts[0])
+    order, worst = sorted(raw, key=lambda name: raw[name]), 0.0
+    for at, name in enumerate(order):  # Holm 1979
+        worst = max(worst, min(1.0, (len(order) - at) * raw[name]))
+        assert result.methods[name].p_value == pytest.approx(worst)
+    # A strength multiplies the landscape's own, the control is not the landscape, and a system prompt is read.
+    said = {name: [row["text"] for row in found] for name, found in rows.items()}
+    assert len({tuple(said[f"mine.{name}.jsonl"]) for name in ("els.0.5", "els.1", "random.1", "none.0")}) == 4
+    assert said["mine.system-prompt.1.jsonl"] != said["mine.none.0.jsonl"]
     names = {figure.name for figure in read_figures(tmp_path / "out/compare.json")}
     assert {"caa.removed.mine_benign", "caa.harmful_difference", "els.removed", "plain_refused.mine_harmful"} <= names
     page = (tmp_path / "out/compare.md").read_text(encoding="utf-8")

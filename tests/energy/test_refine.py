@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,7 +12,16 @@ from elsteer.completions import Batches, PromptCaches
 from elsteer.decoding import PromptBatch, first_logits
 from elsteer.energy.context import attend, values_of
 from elsteer.energy.descent import Descent
-from elsteer.energy.refine import AS_TRAINED, SteeredProducts, _losses, _moving, _Plain, refine
+from elsteer.energy.refine import (
+    AS_TRAINED,
+    SteeredProducts,
+    _kind_weights,
+    _losses,
+    _moving,
+    _Plain,
+    _refusing,
+    refine,
+)
 from elsteer.energy.tensors import check_tensors
 from elsteer.errors import RunError
 from elsteer.models import hidden_size, num_layers
@@ -278,6 +289,62 @@ def test_a_prompt_with_the_right_verdict_asks_for_no_change() -> None:
     wrong = _losses(plain, plain.seen_by(sure), ~harmful, refusing, 0.1)[0]
     torch.testing.assert_close(right, torch.zeros(2), atol=1e-3, rtol=0)
     assert float(wrong.min()) > 1
+
+
+def test_the_losses_are_those_of_a_count_by_hand() -> None:
+    """p = (.8, .2), of which the first token refuses half the time; steered (.4, .6); stay .1.
+
+    Benign: q ~ (.8 * .5^4, .2) = (.2, .8), right .6. Harmful: q is all on the first token, right .4.
+    """
+    refusing = torch.tensor([0.5, 0.0])
+    plain = _Plain.of(torch.tensor([[0.8, 0.2]] * 2).log(), refusing)
+    after = plain.seen_by(torch.tensor([[0.4, 0.6]] * 2).log())
+    found, right = _losses(plain, after, torch.tensor([False, True]), refusing, 0.1)
+    far = 0.8 * math.log(0.8 / 0.4) + 0.2 * math.log(0.2 / 0.6)
+    benign = 0.2 * math.log(0.2 / 0.4) + 0.8 * math.log(0.8 / 0.6) + 0.1 * 0.6 * far
+    harmful = math.log(1 / 0.4) + 0.1 * 0.4 * far
+    torch.testing.assert_close(right, torch.tensor([0.6, 0.4]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(found, torch.tensor([benign, harmful]), atol=1e-3, rtol=0)
+
+
+def test_the_benign_half_weighs_as_much_as_it_is_told_to() -> None:
+    harmful = torch.tensor([True, False, False, False])
+    weights = _kind_weights(harmful, 2.0)
+    assert float(weights.mean()) == pytest.approx(1)
+    assert float(weights[1:].sum()) == pytest.approx(2 * float(weights[0]))
+
+
+def test_training_weighs_the_benign_half_and_what_moves_prompts_that_are_right(tiny: Tiny) -> None:
+    """The first step's loss, before anything is learned, by the settings that make it."""
+    batches = batches_of(tiny)[:1]
+    places = torch.tensor(batches[0].rows)
+    labels = labels_of(tiny, batches_of(tiny))
+
+    def loss(still: float, weight: float) -> float:
+        settings = TrainingSettings(refine_epochs=1, refine_still=still)
+        return refine(tiny[0], batches, HARMFUL, labels, products(), settings, benign_weight=weight)[0]
+
+    refusing = _refusing(tiny[0], batches, labels, {})
+    plain, trained = _Plain.of(first_logits(tiny[0], batches[0]), refusing), products()
+    with torch.no_grad(), _moving(tiny[0], trained.moves(places)):
+        after = plain.seen_by(first_logits(tiny[0], batches[0]))
+    harmful = HARMFUL[places]
+    each, right = _losses(plain, after, harmful, refusing, TrainingSettings().refine_stay)
+    of_harmful, of_benign = float(each[harmful].mean()), float(each[~harmful].mean())
+    assert loss(0.0, 1.0) == pytest.approx((of_harmful + of_benign) / 2, rel=1e-3)
+    assert loss(0.0, 3.0) == pytest.approx((of_harmful + 3 * of_benign) / 4, rel=1e-3)
+    moved = right * torch.stack(trained.pushes).square().mean(dim=0)
+    still = float(moved[harmful].mean() + moved[~harmful].mean()) / 2
+    assert loss(2.0, 1.0) - loss(0.0, 1.0) == pytest.approx(2 * still, rel=1e-2)
+
+
+def test_a_weight_moves_u_by_its_logarithm() -> None:
+    found, x = products(units=5), torch.randn(7, len(LAYERS), SIZE, generator=torch.Generator().manual_seed(3))
+    before = found._due(x)
+    found.weigh(3.0)
+    torch.testing.assert_close(found._due(x), before - math.log(3))
+    found.weigh(1 / 3, gain=2.0)
+    torch.testing.assert_close(found._due(x), before + math.log(3))
 
 
 @pytest.mark.parametrize("values", [None, some_values()], ids=["alone", "in context"])

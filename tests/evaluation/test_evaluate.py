@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import math
@@ -325,6 +326,25 @@ def test_another_judge_or_limit_of_tokens_makes_other_rows(
     longer = evaluated(tiny, [landscape], [suite], tmp_path / "run", quality=False, max_new_tokens=7)
     assert {row["tokens_at_most"] for row in longer.rows} == {7}
     assert max(row["tokens"] for row in longer.rows) == 7
+
+
+def test_another_model_or_dtype_makes_other_rows_and_other_lengths_other_answers(
+    tiny: Tiny, landscape: Landscape, suite: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    first = evaluated(tiny, [landscape], [suite], run, quality_tokens=3)
+    assert {len(one.tokens) for one in first.answers["els"].values()} == {3}
+    longer = evaluated(tiny, [landscape], [suite], run, quality_tokens=5)
+    assert {len(one.tokens) for one in longer.answers["els"].values()} == {5}
+    half = copy.deepcopy(tiny[0]).to(torch.bfloat16)
+    with forward_passes(half) as passes:
+        evaluated((half, tiny[1]), [landscape], [suite], run, quality=False)
+    assert sum(passes) > 0  # nothing of float32 stands for it
+    other = speaker(seed=1)
+    fingerprint = tiny_landscape(other[0]).fingerprint
+    elsewhere = Landscape(landscape.rule, landscape.tensors, landscape.guards, fingerprint)
+    told = evaluated(other, [elsewhere], [suite], run, quality=False)
+    assert [row["text"] for row in told.rows] != [row["text"] for row in longer.rows]
 
 
 def test_a_system_prompt_of_the_fit_is_used_and_makes_other_plain_rows(

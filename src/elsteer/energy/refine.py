@@ -255,6 +255,11 @@ class SteeredProducts(nn.Module):
         for part in (self.due, self.offset, self.bend):
             part.mul_(gain)
 
+    @torch.no_grad()
+    def weigh(self, ratio: float, gain: float = 1.0) -> None:
+        """Shift u as if benign prompts weighed `ratio` times as much: u is log-odds, here times `gain`."""
+        self.offset.sub_(gain * math.log(ratio))
+
     @staticmethod
     def _mean_so_far(u: Tensor) -> Tensor:
         """Of u (n, L), for each layer the mean over the layers up to it."""
