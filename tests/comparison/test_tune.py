@@ -77,8 +77,11 @@ def test_of_those_that_keep_the_bounds_the_one_that_answers_most(tiny: Tiny, tmp
     assert chosen(tiny, tmp_path, {1.0: (0.6, 0.49), 2.0: (0.7, 0.5), 2.5: (0.9, 0.1)}, 1, 2, 2.5) == (2.0, True)
 
 
-def test_one_that_adds_false_refusals_does_not_stand_for_a_method_that_removes_some(tiny: Tiny, tmp_path: Path) -> None:
-    does = {0.5: (0.4, 0.6), 1.4: (0.4, 0.6), 2.0: (0.6, 0.485), 2.8: (0.6, 0.1)}
+@pytest.mark.parametrize("refused", [0.485, 0.1])
+def test_one_that_adds_false_refusals_does_not_stand_for_a_method_that_removes_some(
+    tiny: Tiny, tmp_path: Path, refused: float
+) -> None:
+    does = {0.5: (0.4, 0.6), 1.4: (0.4, 0.6), 2.0: (0.6, refused), 2.8: (0.6, 0.05)}
     assert chosen(tiny, tmp_path, does, 1, 2) == (2.0, False)
 
 

@@ -128,10 +128,14 @@ class _BaselineTuner(Tuner):
         return Tuned(self.landscape(best.rule), best, best.feasible, [*screened, *judged])
 
     def _best(self, judged: list[Trial]) -> Trial:
-        """Of those that keep the bounds and remove anything the one that answers most; without one the best worth."""
-        if kept := [trial for trial in judged if trial.feasible and trial.removed > 0]:
+        """Of those that keep the bounds and remove anything the one that answers most; without one the best worth.
+
+        Of these too one that removes something goes before one that adds false refusals, however safe that is.
+        """
+        removing = [trial for trial in judged if trial.removed > 0]
+        if kept := [trial for trial in removing if trial.feasible]:
             return max(kept, key=order)
-        return max(judged, key=self._worth)
+        return max(removing or judged, key=self._worth)
 
     def _open(self, screened: list[Trial]) -> list[Trial]:
         return super()._open(screened) or screened  # one of them stands for the method
