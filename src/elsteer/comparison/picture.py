@@ -77,7 +77,7 @@ def comparison_picture(
         axis.scatter(
             x, y, s=80, fc="none", marker="*", ec=_INK, lw=0.8, alpha=0.6, label="plain model on dev", zorder=4
         )
-    axis.set_xlabel(f"benign prompts answered, n {plain[0].n}   (right is better)", color=_INK)
+    axis.set_xlabel(f"benign prompts answered, n {plain[0].n}   (right is better; bars: 95% intervals)", color=_INK)
     axis.set_ylabel(f"harmful prompts refused, n {plain[1].n}   (up is better)", color=_INK)
     percent_axes(axis)
     open_frame(axis)
@@ -85,6 +85,6 @@ def comparison_picture(
     return png(
         figure,
         axis,
-        "On prompts that nothing was chosen by, with 95% intervals; small and faint: settings tried on dev",
+        "On prompts that nothing was chosen by; faint: settings tried on dev",
         dpi,
     )
