@@ -204,6 +204,41 @@ def test_evaluate_compares_on_a_file_of_ones_own(here: Path) -> None:
     assert len((here / "run" / "evaluation" / "mine.els.jsonl").read_text(encoding="utf-8").splitlines()) == 30
 
 
+def test_compare_measures_each_method_at_each_strength(here: Path, tmp_path: Path) -> None:
+    options = [
+        "--suite",
+        here / "mine.jsonl",
+        "--limit",
+        "20",
+        "--judge",
+        "coin",
+        "--out",
+        tmp_path,
+        "--batch-size",
+        "8",
+    ]
+    tuned = ["--methods", "els,random,caa", "--strengths", "0.5,1", "--budget", "2", "--finalists", "1"]
+    tuned += ["--max-new-tokens", "8"]
+    result = elsteer("compare", here / "model", "--run-dir", here / "run", *options, *tuned)
+    assert result.exit_code == 0, result.stderr
+    for method in ("els.0.5", "els.1", "random.0.5", "random.1", "caa.0.5", "caa.1", "none.0"):
+        assert len((tmp_path / f"rows/mine.{method}.jsonl").read_text(encoding="utf-8").splitlines()) == 20
+    trials = (tmp_path / "frontier.caa.jsonl").read_text(encoding="utf-8").splitlines()
+    stages = [json.loads(line)["trial"]["stage"] for line in trials]
+    assert stages.count("screening") <= 2 + 3  # and three strengths around the best
+    assert "caa" in result.stdout
+    assert result.stdout.splitlines()[-1].startswith(f"The table is {tmp_path / 'compare.md'}")
+
+
+def test_fit_goes_on_from_a_landscape(here: Path, tmp_path: Path) -> None:
+    first = here / "run" / "landscape"
+    made = _fit(here, str(tmp_path / "second"), "--start", first)
+    assert made.exit_code in (0, 3), made.stderr  # 3: nothing helps, which the tiny model may well have
+    found = Landscape.from_pretrained(tmp_path / "second" / "landscape")
+    assert found.provenance["start"]["digest"] == Landscape.from_pretrained(first).digest()
+    assert found.rule.layers == Landscape.from_pretrained(first).rule.layers
+
+
 def test_strength_zero_changes_nothing(here: Path, tmp_path: Path) -> None:
     options = [
         "--suite",

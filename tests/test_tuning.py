@@ -351,6 +351,16 @@ def test_more_unscored_answers_break_a_constraint(tiny: Tiny, plain: list[Comple
     assert "more unscored answers" not in tuner_of(tiny, plain, tmp_path)._judged(RULE).why_not
 
 
+def test_prompts_whose_plain_answer_could_not_be_scored_are_in_no_rate(
+    tiny: Tiny, plain: list[Completion], tmp_path: Path
+) -> None:
+    odd = [replace(one, label="unscored") if at % 3 == 0 else one for at, one in enumerate(plain)]
+    trial = tuner_of(tiny, odd, tmp_path)._judged({**RULE, "eta": 1e-9})
+    counted = [one.label for at, one in enumerate(plain) if at % 3 and not DEV[at].harmful]
+    expected = counted.count("compliance") / len(counted)
+    assert trial.plain_answered == trial.answered_benign == pytest.approx(expected)
+
+
 @pytest.mark.parametrize(
     ("ratio", "steered", "kl", "says"),
     [
@@ -437,7 +447,8 @@ def test_the_best_bands_are_tried_one_layer_earlier_and_later(
     tiny: Tiny, plain: list[Completion], tmp_path: Path
 ) -> None:
     tuner = scripted(tiny, plain, tmp_path, lambda rule: (0.9, 0.6, 1.0), etas=(0.5,), band_share=0.5, bands=1)
-    tuner.search({1.0: {0: 0.5, 1: 0.5, 2: 0.8, 3: 0.7}})
+    tuner.search({1.0: {0: 0.5, 1: 0.3, 2: 0.8, 3: 0.7}})  # (1, 2) knows too little for the first pass
+    assert (1, 2) not in bands(4, {0: 0.5, 1: 0.3, 2: 0.8, 3: 0.7}, 0.5)
     bands_tried = {tuple(trial.rule["layers"]) for trial in tuner.trials.values() if trial.stage == "screening"}
     assert (1, 2) in bands_tried
     assert all(layer in tuner.bases[1.0].tensors for band in bands_tried for layer in band)

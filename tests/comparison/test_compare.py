@@ -326,11 +326,11 @@ def test_where_no_false_refusal_was_measured_the_sentence_tells_of_the_harmful_p
     one.removed["all"] = none
     assert sentence({"els": one}, {False: {"all": none}, True: {"all": some}}) == (
         "No benign prompt was scored, so nothing is said of false refusals; els changes the harmful refusals by "
-        "+9.0 (+2 to +15) points."
+        "+9.0 (+2.0 to +15.0) points."
     )
     assert sentence({"els": one}, {False: {"all": zero}, True: {"all": some}}) == (
         "The plain model refuses none of these benign prompts, so nothing could be removed; els changes the harmful refusals by "
-        "+9.0 (+2 to +15) points."
+        "+9.0 (+2.0 to +15.0) points."
     )
     assert sentence({"els": one}, {False: {"all": zero}, True: {"all": none}}) == (
         "The plain model refuses none of these benign prompts, so nothing could be removed."

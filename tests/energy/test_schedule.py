@@ -19,4 +19,7 @@ def test_any_number_of_steps_can_be_taken_and_the_rate_ends_next_to_nothing(step
         if len(rates) < steps:
             schedule.step()
     assert max(rates) <= 0.5
+    if steps >= 20:
+        assert max(rates) == pytest.approx(0.5, rel=0.1)
+        assert rates.index(max(rates)) < 0.4 * steps
     assert rates[-1] < 1e-3

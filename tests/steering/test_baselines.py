@@ -442,17 +442,17 @@ def test_k_steering_avoids_and_reaches_the_labels_it_says() -> None:
 
 
 def test_the_published_energy_steers_the_layers_that_tell_and_goes_down_what_is_undesirable() -> None:
-    kinds = [OUTCOMES["helpful"]] * 100 + [OUTCOMES["false_refusal"]] * 100
-    states = torch.randn(200, 8, 6, generator=torch.Generator().manual_seed(1))
-    states[100:, 5, 1] += 4  # the other layers are noise
+    kinds = [OUTCOMES["helpful"]] * 400 + [OUTCOMES["false_refusal"]] * 400
+    states = torch.randn(800, 8, 6, generator=torch.Generator().manual_seed(1))
+    states[400:, 5, 1] += 4  # the other layers are noise
     found = els_paper("small", (16, 8), epochs=60).candidates(_evidence(states, kinds))
     few = min(found, key=lambda one: len(one.settings["layers"]))
     assert 5 in few.settings["layers"]
     move = few.moves[5]
     assert isinstance(move, PaperSteps)
     energies = move.network.energy(states[:, 5])
-    assert energies[100:].mean() > energies[:100].mean()
-    assert move.delta(states[100:, 5])[:, 1].mean() < 0
+    assert energies[400:].mean() > energies[:400].mean()
+    assert move.delta(states[400:, 5])[:, 1].mean() < 0
 
 
 # The registry

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -262,6 +263,42 @@ def test_ways_to_generate_that_the_window_does_not_describe_are_refused(options:
         steering.disable()
         if "token_healing" not in options:
             assert generate(model, alone(PROMPT), **options)
+
+
+@pytest.mark.parametrize("place", ["argument", "config", "model"])
+def test_what_is_refused_is_refused_wherever_it_is_set(place: str) -> None:
+    model = tiny_model()
+    options: dict[str, Any] = {}
+    config = copy.deepcopy(model.generation_config)
+    config.guidance_scale = 2.0
+    if place == "argument":
+        options["guidance_scale"] = 2.0
+    elif place == "config":
+        options["generation_config"] = config
+    else:
+        model.generation_config = config
+    ids = torch.tensor([PROMPT])
+    with Steering(model, energy_moves(), window=2), pytest.raises(SteeringError, match="guidance_scale"):
+        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, **options)
+
+
+def test_a_strength_per_row_is_that_of_all_sequences_returned_for_it() -> None:
+    model, moves = tiny_model(), energy_moves()
+    strengths = [0.0, 1.0, 0.5, 2.0]
+
+    def first(strength: Tensor | float, **options: Any) -> Tensor:
+        with Steering(model, moves, window=2, strength=strength):
+            made = model.generate(
+                **pad(PROMPTS), max_new_tokens=1, return_dict_in_generate=True, output_logits=True, **options
+            )
+        return made.logits[0]
+
+    torch.manual_seed(0)
+    found = first(torch.tensor(strengths), num_return_sequences=2, do_sample=True)
+    for row, strength in enumerate(strengths):
+        wanted = first(strength, do_sample=False)[row]
+        for copied in (2 * row, 2 * row + 1):
+            torch.testing.assert_close(found[copied], wanted)
 
 
 def test_continuous_batching_is_refused() -> None:
