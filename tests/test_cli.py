@@ -205,21 +205,9 @@ def test_evaluate_compares_on_a_file_of_ones_own(here: Path) -> None:
 
 
 def test_compare_measures_each_method_at_each_strength(here: Path, tmp_path: Path) -> None:
-    options = [
-        "--suite",
-        here / "mine.jsonl",
-        "--limit",
-        "20",
-        "--judge",
-        "coin",
-        "--out",
-        tmp_path,
-        "--batch-size",
-        "8",
-    ]
-    tuned = ["--methods", "els,random,caa", "--strengths", "0.5,1", "--budget", "2", "--finalists", "1"]
-    tuned += ["--max-new-tokens", "8"]
-    result = elsteer("compare", here / "model", "--run-dir", here / "run", *options, *tuned)
+    told = "--methods els,random,caa --strengths 0.5,1 --budget 2 --finalists 1 --limit 20 --judge coin --batch-size 8"
+    folders = ["--run-dir", here / "run", "--suite", here / "mine.jsonl", "--out", tmp_path]
+    result = elsteer("compare", here / "model", *folders, *told.split(), "--max-new-tokens", "8")
     assert result.exit_code == 0, result.stderr
     for method in ("els.0.5", "els.1", "random.0.5", "random.1", "caa.0.5", "caa.1", "none.0"):
         assert len((tmp_path / f"rows/mine.{method}.jsonl").read_text(encoding="utf-8").splitlines()) == 20

@@ -91,10 +91,9 @@ class Application(click.Group):
             if not standalone:
                 raise
             sys.exit(_end(error, told))
-        except (
-            SystemExit
-        ) as exit:  # rich and click leave with 1 where the reader of stdout is gone; no command leaves so
-            sys.exit(_PIPE_CLOSED if exit.code == 1 else exit.code)
+        except SystemExit as left:
+            # rich and click leave with 1 where the reader of stdout is gone; no command leaves so.
+            sys.exit(_PIPE_CLOSED if left.code == 1 else left.code)
         if not standalone:
             return result
         sys.exit(result if isinstance(result, int) else 0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -255,17 +254,14 @@ def _corrected(found: Evaluation) -> str:
 def comparison(found: ComparisonResult, console: Console) -> None:
     """Methods in rows: what each removed and what it did to refusals of harmful prompts."""
     from elsteer.comparison.result import CONTROLS
-    from elsteer.comparison.words import points, share
+    from elsteer.comparison.words import ahead, p_value, points, share
 
     head = ["method", "removed", "p of it\n(Holm)", "harmful\n(points)", "els ahead\nby (points)", "bounds\non dev"]
     rows = []
     for name, one in found.methods.items():
         dev = "control" if name in CONTROLS else "met" if one.feasible else "not met"
-        ahead = _below(points(one.ahead["all"])) if one.ahead and one.ahead["all"].defined else ""
-        p = "" if math.isnan(one.p_value) else f"{one.p_value:.2g}"
-        rows.append(
-            (name, _below(share(one.removed["all"])), p, _below(points(one.harmful_difference["all"])), ahead, dev)
-        )
+        gone, harmful = _below(share(one.removed["all"])), _below(points(one.harmful_difference["all"]))
+        rows.append((name, gone, p_value(one), harmful, _below(ahead(one)), dev))
     benign, harm = found.plain_benign["all"], found.plain_harmful["all"]
     title = f"False refusals removed (plain {share(benign)}, n {benign.n}), harmful refused (plain {share(harm)}, n {harm.n})"
     console.print("", plain_table(title, head, rows, name_width=max(map(len, found.methods))), "")

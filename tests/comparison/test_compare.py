@@ -97,16 +97,15 @@ def test_every_method_answers_the_same_prompts(tiny: Tiny, fitted: Path, suite: 
     n = sum(harmful[one] for one in kept)
     assert result.methods["caa"].harmful_difference["all"].value == pytest.approx((now - lost) / n)
     raw = {}
+    els = {row["prompt_id"]: row["label"] for row in rows["mine.els.1.jsonl"]}
     for name in METHODS:
         mine = {row["prompt_id"]: row["label"] for row in rows[f"mine.{name}.1.jsonl"]}
         pairs = [(label[one], mine[one]) for one in label if not harmful[one]]
         gone, new = pairs.count(("refusal", "compliance")), pairs.count(("compliance", "refusal"))
         raw[name] = binomtest(gone, gone + new).pvalue if gone + new else 1.0
         if name != "els":
-            both = [one for one in label if not harmful[one]]
-            els = {row["prompt_id"]: row["label"] for row in rows["mine.els.1.jsonl"]}
-            both = [one for one in both if "unscored" not in (label[one], els[one], mine[one])]
-            counts = [sum(of[one] == "refusal" for one in both) for of in (label, els, mine)]
+            kept = [one for one in label if not harmful[one] and "unscored" not in (label[one], els[one], mine[one])]
+            counts = [sum(of[one] == "refusal" for one in kept) for of in (label, els, mine)]
             assert result.methods[name].ahead["all"].value == pytest.approx((counts[2] - counts[1]) / counts[0])
     order, worst = sorted(raw, key=lambda name: raw[name]), 0.0
     for at, name in enumerate(order):  # Holm 1979

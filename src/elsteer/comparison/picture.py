@@ -52,8 +52,8 @@ def comparison_picture(
     figure, axis = canvas(9.0, 6.0)
     for number, method in enumerate(dict.fromkeys(spot.method for spot in spots)):
         colour, marker = _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)]
-        for trial in (dev or {}).get(method, ()):
-            axis.scatter(trial.answered_benign, trial.refused_harmful, s=9, c=colour, alpha=0.22, lw=0, zorder=1)
+        for tried in (dev or {}).get(method, ()):
+            axis.scatter(tried.answered_benign, tried.refused_harmful, s=9, c=colour, alpha=0.22, lw=0, zorder=1)
         mine = [spot for spot in spots if spot.method == method and spot.benign.defined and spot.harmful.defined]
         line = sorted((spot.strength, 1 - spot.benign.value, spot.harmful.value) for spot in mine)
         if len(line) > 1:
@@ -71,9 +71,9 @@ def comparison_picture(
         axis.axvline(x, color=_GREY, lw=1, ls=(0, (4, 3)), zorder=0)
         axis.axhline(y, color=_GREY, lw=1, ls=(0, (4, 3)), zorder=0)
         axis.scatter(x, y, s=95, c=_INK, marker="*", ec="white", lw=0.8, label="plain model", zorder=5)
-    trials = [trial for method in dict.fromkeys(spot.method for spot in spots) for trial in (dev or {}).get(method, ())]
-    if trials:
-        x, y = trials[0].plain_answered, trials[0].plain_refused
+    trial = next((trial for trials in (dev or {}).values() for trial in trials), None)
+    if trial is not None:  # all are of the same dev prompts
+        x, y = trial.plain_answered, trial.plain_refused
         axis.scatter(
             x, y, s=80, fc="none", marker="*", ec=_INK, lw=0.8, alpha=0.6, label="plain model on dev", zorder=4
         )
@@ -82,9 +82,4 @@ def comparison_picture(
     percent_axes(axis)
     open_frame(axis)
     legend(axis, loc="center left", bbox_to_anchor=(1.01, 0.5), ncol=1)
-    return png(
-        figure,
-        axis,
-        "On prompts that nothing was chosen by; faint: settings tried on dev",
-        dpi,
-    )
+    return png(figure, axis, "On prompts that nothing was chosen by; faint: settings tried on dev", dpi)

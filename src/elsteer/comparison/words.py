@@ -9,7 +9,7 @@ from elsteer.comparison.result import CONTROLS, ComparedMethod, ComparisonResult
 from elsteer.evaluation.statistics import Interval
 from elsteer.evaluation.tables import points as in_points
 
-__all__ = ["markdown", "points", "sentence", "share"]
+__all__ = ["ahead", "markdown", "p_value", "points", "sentence", "share"]
 
 
 def share(value: Interval) -> str:
@@ -24,6 +24,16 @@ def points(value: Interval) -> str:
     if not value.defined:
         return "not measured"
     return in_points(value)
+
+
+def p_value(one: ComparedMethod) -> str:
+    """2.6e-09; nothing where there is none."""
+    return "" if math.isnan(one.p_value) else f"{one.p_value:.2g}"
+
+
+def ahead(one: ComparedMethod) -> str:
+    """How far els is ahead of it in all, as `points`; nothing of els itself and where els took no part."""
+    return points(one.ahead["all"]) if one.ahead and one.ahead["all"].defined else ""
 
 
 def sentence(methods: Mapping[str, ComparedMethod], rates: Mapping[bool, Mapping[str, Interval]]) -> str:
@@ -53,14 +63,14 @@ def sentence(methods: Mapping[str, ComparedMethod], rates: Mapping[bool, Mapping
     if not safe:
         return f"{told(first)}; every other method refuses surely fewer harmful prompts than the plain model, or may."
     best = max(safe, key=lambda one: one.removed["all"].value)
-    ahead = best.ahead.get("all")
+    lead = best.ahead.get("all")
     known = ""
-    if ahead is not None and ahead.defined:
+    if lead is not None and lead.defined:
         known = (
             ", and the difference is beyond chance"
-            if ahead.low > 0
+            if lead.low > 0
             else ", and the difference could be chance"
-            if ahead.high >= 0
+            if lead.high >= 0
             else ", which is more than els beyond chance"
         )
     bound = " of those that refuse no fewer harmful prompts (3 points at most)" if harmful else ""
@@ -89,11 +99,10 @@ def markdown(result: ComparisonResult, suites: list[str]) -> str:
     ]
     lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name, one in result.methods.items():
-        p = "" if math.isnan(one.p_value) else f"{one.p_value:.2g}"
-        cells = [name, *(share(one.removed[part]) for part in parts), share(one.removed["all"]), p]
+        cells = [name, *(share(one.removed[part]) for part in parts), share(one.removed["all"]), p_value(one)]
         cells += [*(points(one.harmful_difference[part]) for part in harmful), points(one.harmful_difference["all"])]
         dev = "control" if name in CONTROLS else "constraints met" if one.feasible else "constraints not met"
-        cells += [points(one.ahead["all"]) if one.ahead and one.ahead["all"].defined else "", str(one.unscored), dev]
+        cells += [ahead(one), str(one.unscored), dev]
         lines.append("| " + " | ".join(cells) + " |")
     rates = [
         ", ".join(f"{share(value)} of {part} (n {value.n})" for part, value in of.items())

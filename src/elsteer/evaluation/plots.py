@@ -241,12 +241,10 @@ def before_after_picture(comparisons: Sequence[Comparison], title: str = "", dpi
 
 def _dumbbells(axis: Any, group: Sequence[Comparison], harmful: bool) -> None:
     usual = _GREEN if harmful else _BLUE
-    any_worse = False
     for number, comparison in enumerate(group):
         y = len(group) - 1 - number
         plain, steered = comparison.refused_plain, comparison.refused_steered
-        worse = comparison.difference.high < 0 if harmful else comparison.difference.low > 0
-        colour, any_worse = _RED if worse else usual, any_worse or worse
+        colour = _RED if _surely_worse(comparison) else usual
         could_be_chance = comparison.difference.low <= 0 <= comparison.difference.high
         axis.plot([plain.value, steered.value], [y + 0.13, y - 0.13], color=_FAINT, lw=1.2, zorder=1)
         for interval, offset, shade in ((plain, 0.13, _GREY), (steered, -0.13, colour)):
@@ -278,9 +276,13 @@ def _dumbbells(axis: Any, group: Sequence[Comparison], harmful: bool) -> None:
     axis.tick_params(axis="y", length=0, labelsize=10, labelcolor=_INK)
     axis.scatter([], [], s=52, fc="white", ec=_GREY, lw=1.6, label="plain")
     axis.scatter([], [], s=58, fc=usual, ec="white", label="steered")
-    if any_worse:
+    if any(map(_surely_worse, group)):
         axis.scatter([], [], s=58, fc=_RED, ec="white", label="steered, surely worse")
     legend(axis, loc="lower right", bbox_to_anchor=(1.0, 0.98), ncol=3)
+
+
+def _surely_worse(comparison: Comparison) -> bool:
+    return comparison.difference.high < 0 if comparison.harmful else comparison.difference.low > 0
 
 
 def _fitting(name: str, most: int = 28) -> str:

@@ -10,7 +10,6 @@ as well as harmful ones: the request has to decide, not what stands around it.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import re
 from collections import defaultdict
@@ -24,6 +23,7 @@ from elsteer.errors import PromptError
 from elsteer.prompts.attack_table import FAMILIES, AttackFamily
 from elsteer.prompts.folder import data_folder
 from elsteer.prompts.formats import file_rows
+from elsteer.prompts.names import known_names
 from elsteer.prompts.prompt import Prompt
 from elsteer.prompts.split import sample
 from elsteer.prompts.starter import shipped_rows
@@ -40,11 +40,7 @@ def family_of(name: str) -> AttackFamily:
     """The family called `name`. Raises PromptError, with the closest and all names, where there is none."""
     if name in FAMILIES:
         return FAMILIES[name]
-    close = difflib.get_close_matches(name.lower().replace("_", "-"), FAMILIES, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    raise PromptError(
-        f"There is no family of attacks {name!r}: {hint}{'Known' if hint else 'known'} are {', '.join(FAMILIES)}."
-    )
+    raise PromptError(f"There is no family of attacks {name!r}: {known_names(name, FAMILIES)}.")
 
 
 def under_attack(prompt: Prompt) -> bool:

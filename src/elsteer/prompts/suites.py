@@ -9,7 +9,6 @@ suite's harmful prompts under a jailbreak of that family (`elsteer.prompts.attac
 
 from __future__ import annotations
 
-import difflib
 import logging
 import re
 from collections.abc import Iterable, Sequence
@@ -22,6 +21,7 @@ from elsteer.prompts.attacks import attacked, family_of
 from elsteer.prompts.folder import data_folder
 from elsteer.prompts.formats import SUFFIXES, PlacedRow, file_rows
 from elsteer.prompts.hub import HubError, hub_rows
+from elsteer.prompts.names import known_names
 from elsteer.prompts.prompt import Prompt
 from elsteer.prompts.read import is_hub_id, prompts_from_rows, read_prompts
 from elsteer.prompts.split import sample
@@ -92,9 +92,7 @@ def held(suite: Suite, data_dir: str | Path | None = None) -> int | None:
 
 def unknown_suite(name: str, known: Sequence[str] = tuple(SUITES)) -> str:
     """The sentence that there is no suite `name`, with the closest of the known names and all of them."""
-    close = difflib.get_close_matches(name.lower().replace("_", "-"), known, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"There is no suite {name!r}: {hint}{'Known' if hint else 'known'} are {', '.join(known)}, and any file of prompts."
+    return f"There is no suite {name!r}: {known_names(name, known)}, and any file of prompts."
 
 
 def _parted(name: str) -> tuple[str, str]:
