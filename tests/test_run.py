@@ -51,6 +51,14 @@ def test_what_a_killed_run_left_of_its_scratch_goes_when_the_next_begins(tmp_pat
         assert not folder.exists()
 
 
+def test_the_scratch_of_another_command_on_the_same_folder_stays(tmp_path: Path) -> None:
+    with RunFolder(tmp_path).scratch() as folder:  # a comparison's, which trains its control there
+        (folder / "states").write_bytes(b"x")
+        with RunFolder(tmp_path).owned():
+            assert (folder / "states").read_bytes() == b"x"
+    assert not folder.exists()
+
+
 def test_a_file_or_a_path_below_a_file_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     for path in (tmp_path / "file", tmp_path / "file" / "run"):

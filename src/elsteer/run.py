@@ -91,21 +91,33 @@ class RunFolder:
             raise RunError(f"{self.path} cannot be made: {error.strerror or error}; give another folder.") from error
         # What is raised from here on is not about the lock, and is told by whoever raises it.
         try:
-            for left in self.path.glob("scratch.*"):  # of a run that was killed
-                shutil.rmtree(left, ignore_errors=True)
+            self._sweep()
             yield
         finally:
             lock.release()
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:
-        """A folder of its own for what is wanted for a moment. What a killed run left of it goes with the next `owned`."""
+        """A folder of its own for what is wanted for a moment. What a killed run left of it goes with the next `owned`.
+
+        One need not own the run folder for it: a comparison trains its control beside what a fit left.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix="scratch.", dir=self.path))
         try:
-            yield folder
+            with FileLock(folder / ".lock"):
+                yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+    def _sweep(self) -> None:
+        """Delete the scratch folders that no process holds any more."""
+        for left in self.path.glob("scratch.*"):
+            try:
+                with FileLock(left / ".lock", timeout=0):
+                    shutil.rmtree(left, ignore_errors=True)
+            except (Timeout, OSError):  # another command's, or not ours to delete
+                continue
 
     def stage(self, name: str, key: str, files: list[str]) -> bool:
         """Begin stage `name`. True if it was begun with this key before, so its files can be gone on with.

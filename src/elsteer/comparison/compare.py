@@ -121,9 +121,9 @@ def compare(
     }
     work.start()
     with RunFolder(folder).owned():
-        chosen = {name: work.choose(name, folder, budget, finalists) for name in names}
-        labels = work.measure(prompts, chosen, strengths, folder)
-        return _result(work, names, chosen, prompts, labels, strengths, folder, command)
+        chosen = {name: work.choose(name, budget, finalists) for name in names}
+        labels = work.measure(prompts, chosen, strengths)
+        return _result(work, names, chosen, prompts, labels, strengths, command)
 
 
 def finished_fit(run_dir: str | Path) -> tuple[FitSettings, Landscape]:
@@ -244,7 +244,7 @@ class _Work:
             self._evidence = Evidence.of_run(self.run.path)
         return self._evidence
 
-    def choose(self, name: str, folder: Path, budget: int, finalists: int) -> _Chosen:
+    def choose(self, name: str, budget: int, finalists: int) -> _Chosen:
         """The method, tuned. `els` was tuned by the fit."""
         if name == "els" or name in CONTROLS:
             found = self.landscape
@@ -256,7 +256,7 @@ class _Work:
             rule = found.rule.to_dict()
             feasible = name == "els" and found.rule.strength > 0
             return _Chosen(rule, feasible, None, lambda by: _Scaled(found, by), None, trials if name == "els" else [])
-        path = folder / f"frontier.{name}.jsonl"
+        path = self.folder / f"frontier.{name}.jsonl"
         progress = self.progress
 
         def told(stage: str, done: int, total: int) -> None:
@@ -289,7 +289,6 @@ class _Work:
         prompts: dict[str, list[Prompt]],
         chosen: dict[str, _Chosen],
         strengths: Sequence[float],
-        folder: Path,
     ) -> dict[tuple[str, str, float], list[str]]:
         """Labels by suite, method and strength, in the prompts' order; those of the plain model at strength 0."""
         if self._tuner is not None:  # its prompts are done with
@@ -299,12 +298,12 @@ class _Work:
         wanted = sorted({1.0, *strengths})
         for suite, rows in prompts.items():
             caches = self.caches(rows)
-            found[suite, PLAIN, 0.0] = self._answer(suite, PLAIN, 0.0, {}, caches, None, folder)
+            found[suite, PLAIN, 0.0] = self._answer(suite, PLAIN, 0.0, {}, caches, None)
             for name, one in chosen.items():
                 mine = caches if one.system is None else self.caches(rows, one.system)
                 for strength in wanted if one.system is None else [1.0]:
                     found[suite, name, strength] = self._answer(
-                        suite, name, strength, _asked(one), mine, one.at(strength), folder
+                        suite, name, strength, _asked(one), mine, one.at(strength)
                     )
         return found
 
@@ -316,7 +315,6 @@ class _Work:
         settings: dict[str, Any],
         caches: PromptCaches,
         attaches: _Attaches | None,
-        folder: Path,
     ) -> list[str]:
         extra = {
             "suite": suite,
@@ -335,7 +333,7 @@ class _Work:
                 get_judge(self.judge),
                 max_new_tokens=self.max_new_tokens,
                 steering=steering,
-                path=folder / f"rows/{suite}.{name}.{strength:g}.jsonl",
+                path=self.folder / f"rows/{suite}.{name}.{strength:g}.jsonl",
                 extra=extra,
                 describe=lambda one: {"prompt": one.text, "harmful": one.harmful, "source": one.source},
                 progress=told,
@@ -391,10 +389,9 @@ def _result(
     prompts: dict[str, list[Prompt]],
     labels: dict[tuple[str, str, float], list[str]],
     strengths: Sequence[float],
-    folder: Path,
     command: str,
 ) -> ComparisonResult:
-    parts = _parts(prompts)
+    parts, folder = _parts(prompts), work.folder
 
     def refused(harmful: bool, only: str | None, *runs: tuple[str, float]) -> list[Bools]:
         """Refusals of each of `runs` (method, strength) over the prompts that were scored in all of them."""
