@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from elsteer.energy.model import EnergyModels
 from elsteer.landscape import Landscape, SteeringRule
 from elsteer.models import fingerprint
 from tiny import tiny_model, tiny_tokenizer
 
-__all__ = ["same_landscape", "tiny_landscape"]
+__all__ = ["same_landscape", "thoughtless", "tiny_landscape"]
 
 LAYERS = (1, 2)
 RULE = SteeringRule(LAYERS, eta=0.3, steps=2, window=1, guard=True)
@@ -38,6 +38,13 @@ def tiny_landscape(
         guards = {layer: torch.linalg.qr(torch.randn(size, 2))[0] for layer in LAYERS}
     tensors = {layer: models.tensors_of(at) for at, layer in enumerate(LAYERS)}
     return Landscape(rule, tensors, guards, fingerprint(model, tiny_tokenizer("chatml")), provenance, method)
+
+
+def thoughtless(model: PreTrainedModel, **rule: Any) -> tuple[PreTrainedTokenizerBase, Landscape]:
+    """A tokenizer whose template knows thinking, and a landscape for `model` that was fitted with it off."""
+    tokenizer, found = tiny_tokenizer("qwen3"), tiny_landscape(model).with_rule(**rule)
+    found.fingerprint = fingerprint(model, tokenizer, thinking=False)
+    return tokenizer, found.with_provenance(settings={"collect": {"thinking": False}})
 
 
 def same_landscape(a: Landscape, b: Landscape) -> None:

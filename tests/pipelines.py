@@ -6,7 +6,7 @@ and steering can change it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ __all__ = [
     "dies_at",
     "forward_passes",
     "lines",
+    "said",
     "some_prompts",
     "speaker",
     "tiny_settings",
@@ -199,6 +200,17 @@ def forward_passes(model: nn.Module) -> Iterator[list[int]]:
         yield rows
     finally:
         handle.remove()
+
+
+def said(tiny: Tiny, prompts: Sequence[Prompt], tokens: int = 4, **asked: Any) -> list[str]:
+    """What plain `generate` answers to each prompt alone. asked: the system prompt or thinking mode."""
+    model, tokenizer = tiny
+    found = []
+    for one in prompts:
+        ids = torch.tensor([encode_chat(tokenizer, list(one.messages), **asked)], device=model.device)
+        made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False)
+        found.append(str(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)).strip())
+    return found
 
 
 def lines(path: Path) -> list[str]:

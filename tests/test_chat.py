@@ -14,7 +14,7 @@ from elsteer.chat import Chat, converse
 from elsteer.errors import ModelError
 from elsteer.landscape import Landscape, SteeringRule
 from elsteer.models import encode_chat, load
-from landscapes import tiny_landscape
+from landscapes import thoughtless, tiny_landscape
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def talk(here: Path) -> Chat:
 
 def _alone(talk: Chat, history: list[dict[str, str]], strength: float) -> str:
     """The answer as plain `generate` gives it for one row."""
-    ids = torch.tensor([encode_chat(talk.tokenizer, history, system=talk.system)])
+    ids = torch.tensor([encode_chat(talk.tokenizer, history, system=talk.system, thinking=talk.thinking)])
     with torch.inference_mode(), talk.landscape.attach(talk.model, strength):
         made = talk.model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12, pad_token_id=256
@@ -61,6 +61,19 @@ def test_each_side_remembers_its_own_answers(talk: Chat) -> None:
         assert [one["role"] for one in history] == ["user", "assistant", "user", "assistant"]
         assert history[1]["content"] == first[side]
         assert second[side] == _alone(talk, history[:3], strength)
+
+
+def test_both_sides_are_asked_with_the_thinking_mode(talk: Chat) -> None:
+    talk.tokenizer, talk.landscape = thoughtless(talk.model, eta=6.0, steps=1, window=3, guard=False)
+    found = {}
+    for talk.thinking in (None, False):
+        talk.reset()
+        with talk.attached(1.0):
+            found[talk.thinking] = talk.say("How do I kill a Python process?")
+        question = [{"role": "user", "content": "How do I kill a Python process?"}]
+        assert found[talk.thinking] == (_alone(talk, question, 0.0), _alone(talk, question, 1.0))
+    assert found[None][0] != found[False][0]
+    assert found[None][1] != found[False][1]
 
 
 def test_the_text_grows_as_the_tokens_come(talk: Chat) -> None:

@@ -29,8 +29,19 @@ from elsteer.prompts import Prompt
 from elsteer.run import RunFolder, key_of
 from elsteer.settings import FitSettings
 from elsteer.training import Energies, read_energies, save_energies, shuffled, shuffled_control
-from landscapes import same_landscape
-from pipelines import Killed, LetterJudge, Tiny, dies_at, forward_passes, lines, some_prompts, speaker, tiny_settings
+from landscapes import same_landscape, thoughtless
+from pipelines import (
+    Killed,
+    LetterJudge,
+    Tiny,
+    dies_at,
+    forward_passes,
+    lines,
+    said,
+    some_prompts,
+    speaker,
+    tiny_settings,
+)
 from tiny import tiny_tokenizer
 
 TRAIN, DEV = some_prompts(80), some_prompts(48, start=200)
@@ -639,6 +650,17 @@ def test_a_thinking_mode_that_the_template_does_not_know_is_told(
 ) -> None:
     fitted(tiny, tmp_path, settings=tiny_settings(tuning=HELPS, collect={"thinking": False}))
     assert "knows no thinking mode" in caplog.text
+
+
+def test_prompts_are_asked_with_the_thinking_mode_of_the_settings(tiny: Tiny, tmp_path: Path) -> None:
+    tokenizer, landscape = thoughtless(tiny[0])
+    asked, prompts = tiny_settings(collect={"thinking": False}), {"completions": TRAIN[:8], "dev": DEV[:8]}
+    collect(tiny[0], tokenizer, TRAIN[:8], landscape, dev=DEV[:8], run_dir=tmp_path, settings=asked)
+    for name, some in prompts.items():
+        answers = {row["prompt_id"]: row["text"] for row in rows_of(tmp_path / f"{name}.jsonl")}
+        found = [answers[one.id] for one in some]
+        assert found == said((tiny[0], tokenizer), some, thinking=False)
+        assert found != said((tiny[0], tokenizer), some), "the mode must make a difference here"
 
 
 def test_weights_that_no_gradient_goes_through_are_not_trained_through(tiny: Tiny, tmp_path: Path) -> None:

@@ -27,7 +27,19 @@ from elsteer.landscape import Landscape
 from elsteer.steering.methods.baseline import Candidate
 from elsteer.steering.methods.baselines import BASELINES
 from elsteer.tuning import Trial
-from pipelines import Killed, LetterJudge, Tiny, dies_at, forward_passes, lines, some_prompts, speaker, tiny_settings
+from landscapes import thoughtless
+from pipelines import (
+    Killed,
+    LetterJudge,
+    Tiny,
+    dies_at,
+    forward_passes,
+    lines,
+    said,
+    some_prompts,
+    speaker,
+    tiny_settings,
+)
 
 
 @pytest.fixture(scope="module")
@@ -241,6 +253,28 @@ def test_other_evidence_makes_trials_and_rows_anew_but_not_those_of_the_plain_mo
     names = {one.name for one in read_figures(tmp_path / "out/compare.json")}
     assert any(name.startswith("caa.") for name in names)
     assert not any(name.startswith("shuffled.") for name in names), "figures are those of this comparison alone"
+
+
+def test_prompts_are_asked_with_the_thinking_mode_of_the_fit_and_another_makes_other_rows(
+    tiny: Tiny, suite: Path, tmp_path: Path
+) -> None:
+    tokenizer, landscape = thoughtless(tiny[0])
+    prompts, run, rows = some_prompts(40, start=400), tmp_path / "run", tmp_path / "out/rows/mine.none.0.jsonl"
+    settings = tiny_settings(collect={"thinking": False})
+    collect(tiny[0], tokenizer, some_prompts(8), landscape, run_dir=run, dev=some_prompts(8, 200), settings=settings)
+
+    def answers() -> list[str]:
+        compare(
+            tiny[0], tokenizer, run, ["els"], [str(suite)], out=tmp_path / "out", judge="letters", max_new_tokens=4
+        )  # fmt: skip
+        by_text = {row["prompt"]: row["text"] for row in read_jsonl(rows)}  # of two rows the later one
+        return [by_text[one.text] for one in prompts[:8]]
+
+    assert answers() == said((tiny[0], tokenizer), prompts[:8], thinking=False)
+    text = (run / "settings.yaml").read_text(encoding="utf-8")
+    (run / "settings.yaml").write_text(text.replace("thinking: false", "thinking: true"), encoding="utf-8")
+    assert answers() == said((tiny[0], tokenizer), prompts[:8], thinking=True)
+    assert len(lines(rows)) == 2 * len(prompts)
 
 
 def test_what_is_wrong_is_said_in_a_sentence(tiny: Tiny, fitted: Path, suite: Path, tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ from elsteer.landscape import Landscape
 from elsteer.models import encode_chat
 from elsteer.prompts import Prompt
 from elsteer.run import RunFolder
-from landscapes import tiny_landscape
-from pipelines import Killed, LetterJudge, Tiny, dies_at, forward_passes, lines, some_prompts, speaker
+from landscapes import thoughtless, tiny_landscape
+from pipelines import Killed, LetterJudge, Tiny, dies_at, forward_passes, lines, said, some_prompts, speaker
 
 PROMPTS = some_prompts(40, source="mine")
 
@@ -359,6 +359,17 @@ def test_a_system_prompt_of_the_fit_is_used_and_makes_other_plain_rows(
     ids = encode_chat(tokenizer, list(PROMPTS[0].messages), system="YOU WRECK EVERYTHING, ALWAYS, AT ONCE")
     made = model.generate(torch.tensor([ids]), max_new_tokens=4, do_sample=False)
     assert tokenizer.decode(made[0, len(ids) :], skip_special_tokens=True).strip() == plain["text"]
+
+
+def test_prompts_are_asked_with_the_thinking_mode_of_the_fit(tiny: Tiny, suite: Path, tmp_path: Path) -> None:
+    tokenizer, landscape = thoughtless(tiny[0], eta=1.0)
+    tiny = tiny[0], tokenizer
+    found = evaluated(tiny, [landscape], [suite], tmp_path / "run", quality=False, limit=8)
+    plain = {row["prompt"]: row["text"] for row in found.rows if row["method"] == "none"}
+    prompts = [one for one in PROMPTS if one.text in plain]
+    answers = [plain[one.text] for one in prompts]
+    assert answers == said(tiny, prompts, thinking=False)
+    assert answers != said(tiny, prompts), "the mode must make a difference here"
 
 
 def test_a_prompt_rewritten_under_its_old_id_is_answered_anew(tiny: Tiny, landscape: Landscape, tmp_path: Path) -> None:
