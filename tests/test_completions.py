@@ -182,18 +182,21 @@ def test_completions_whose_states_are_gone_are_made_again(tiny: Tiny, tmp_path: 
     assert states.ids() == {prompt.id for prompt in PROMPTS}
 
 
-def test_states_of_each_prompt_are_its_own(tiny: Tiny, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("asked", "new"), [(3, 8), (5, 8), (5, 2)])
+def test_states_of_each_prompt_are_its_own(asked: int, new: int, tiny: Tiny, tmp_path: Path) -> None:
+    """As many as are asked for, though the verdict is sure after three tokens or the answer has a token limit before."""
     model, tokenizer = tiny
     states = StateStore(tmp_path)
-    found = complete(caches_of(tiny), Stub(lambda partial: True), max_new_tokens=8, states=states, state_tokens=3)
+    found = complete(caches_of(tiny), Stub(lambda partial: True), max_new_tokens=new, states=states, state_tokens=asked)
     block, counts = states.read([prompt.id for prompt in PROMPTS])
-    assert block.shape == (6, 3, 4, 32)
+    assert block.shape == (6, asked, 4, 32)
+    assert not all(one.finished for one in found)
     for row, (prompt, one) in enumerate(zip(PROMPTS, found, strict=True)):
         ids = encode_chat(tokenizer, list(prompt.messages))
         tokens = slow_generate(model, {}, ids, 8, 0, ends=())[: one.tokens]
         with torch.no_grad():
             hidden = model(input_ids=torch.tensor([[*ids, *tokens]]), output_hidden_states=True).hidden_states
-        assert int(counts[row]) == min(3, one.tokens + int(one.finished))
+        assert int(counts[row]) == (min(asked, one.tokens + 1) if one.finished else asked)
         for token in range(int(counts[row])):
             wanted = torch.stack([h[0, len(ids) - 1 + token] for h in hidden[:4]])
             torch.testing.assert_close(block[row, token], wanted, atol=1e-4, rtol=1e-4)

@@ -28,8 +28,9 @@ from elsteer.models import encode_chat, fingerprint, left_pad
 from elsteer.prompts import Prompt
 from elsteer.run import RunFolder, key_of
 from elsteer.settings import FitSettings
+from elsteer.states import StateStore
 from elsteer.training import Energies, read_energies, save_energies, shuffled, shuffled_control
-from landscapes import same_landscape, thoughtless
+from landscapes import same_landscape, thoughtless, tiny_landscape
 from pipelines import (
     Killed,
     LetterJudge,
@@ -891,6 +892,16 @@ def test_states_of_generated_tokens_gates_windows_and_no_guard_go_through(tiny: 
     for name, values in {"gate": {None, 0.25}, "window": {0, 2}, "steps": {1, 2}, "guard": {True, False}}.items():
         assert {rule[name] for rule in rules} == values
     assert {round(rule["eta"] * rule["steps"], 6) for rule in rules} == set(HELPS["etas"])
+
+
+def test_as_many_states_are_kept_of_every_training_prompt_as_are_asked_for(tiny: Tiny, tmp_path: Path) -> None:
+    """More than an answer may have tokens, and of prompts of which the first token alone is looked at, too."""
+    asked, prompts = tiny_settings(collect={"state_tokens": 5, "full_answers": 16}), TRAIN[:24]
+    collect(*tiny, prompts, tiny_landscape(tiny[0]), dev=DEV[:8], run_dir=tmp_path, settings=asked)
+    assert [len(rows_of(tmp_path / name)) for name in ("completions.jsonl", "glimpses.jsonl")] == [16, 8]
+    states, counts = StateStore(tmp_path / "states").read([one.id for one in prompts])
+    assert states.shape == (24, 5, 4, 32)
+    assert counts.tolist() == [5] * 24
 
 
 def test_the_shuffled_control_steers_by_the_same_rule_on_other_energies(
