@@ -13,7 +13,7 @@ from transformers import CompileConfig, DynamicCache, PreTrainedModel, Quantized
 
 from elsteer.completions import PromptCaches, complete
 from elsteer.decoding import decode, first_logits, score
-from elsteer.energy.context import prompt_context, values_of
+from elsteer.energy.context import prompt_context, prompt_values, values_of
 from elsteer.energy.descent import Descent
 from elsteer.errors import SteeringError
 from elsteer.judges import get_judge
@@ -125,6 +125,18 @@ def test_however_the_cache_was_filled(family: str, options: dict[str, Any]) -> N
         assert made(model, pad(PROMPTS), **options) == wanted(model, move, PROMPTS)
 
 
+def test_end_tokens_in_a_prompt_are_read_where_pads_are_end_tokens() -> None:
+    model, prompt = tiny_model(), [*PROMPTS[0], 258, 258, 258, *PROMPTS[1]]
+    model.generation_config.pad_token_id = 258
+    move = reader(model)
+    with Steering(model, {LAYER: move}, window=0):
+        out = model.generate(
+            torch.tensor([prompt]), max_new_tokens=1, do_sample=False, return_dict_in_generate=True, output_logits=True
+        )
+    slow = slow_logits(model, {LAYER: Told(move, plain_context(model, move, prompt))}, prompt, len(prompt) - 1, 0)[-1]
+    torch.testing.assert_close(out.logits[0][0], slow, atol=1e-4, rtol=0)
+
+
 def test_a_cache_from_before_the_landscape_was_attached() -> None:
     model = tiny_model()
     move = reader(model)
@@ -200,6 +212,33 @@ def test_compiled() -> None:
         torch.testing.assert_close(logits, torch.stack(slow), atol=1e-4, rtol=0)
     finally:
         torch.compiler.reset()
+
+
+@pytest.mark.parametrize("kinds", ["sf", "fs", "ss"])
+def test_of_a_sliding_window_the_columns_that_are_left_are_read(kinds: str) -> None:
+    """In the cache of a block with a window of 4 the last 3 columns are left; a column counts where no block has lost it."""
+    names = {"s": "sliding_attention", "f": "full_attention"}
+    model = tiny_model("gemma3", sliding_window=4, layer_types=[names[one] for one in f"f{kinds}f"])
+    whole, slid = DynamicCache(), DynamicCache(config=model.config)  # without the configuration no column is lost
+    inputs = pad(PROMPTS)
+    with torch.no_grad():
+        for cache in (whole, slid):
+            model(**inputs, past_key_values=cache, use_cache=True)
+    assert {cache.layers[at].values.shape[2] for cache in (whole, slid) for at in range(*BLOCKS)} == {3, 9}
+    real = inputs["attention_mask"].bool()
+    expected, _ = prompt_values(whole, BLOCKS, real)
+    found, kept = prompt_values(slid, BLOCKS, real)
+    assert torch.equal(kept, real & (torch.arange(9) >= 6))
+    torch.testing.assert_close(found[kept], expected[kept])
+
+    move = reader(tiny_model())
+    with Steering(model, {LAYER: move}, window=0), torch.no_grad():
+        steered = model(**inputs).logits[:, -1]
+    for row, prompt in enumerate(PROMPTS):
+        before = kept[row : row + 1, :-1]  # the last token is none of its own context
+        context = prompt_context(whole, BLOCKS, before, move.context_query, move.context_mean)[row : row + 1]
+        slow = slow_logits(model, {LAYER: Told(move, context)}, prompt, len(prompt) - 1, 0)[-1]
+        torch.testing.assert_close(steered[row], slow, atol=1e-4, rtol=0)
 
 
 def test_without_a_cache_that_can_be_read_it_is_an_error() -> None:

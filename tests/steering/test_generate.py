@@ -92,6 +92,16 @@ def test_left_padded_inputs_without_a_mask() -> None:
     assert found == [slow_generate(model, moves, prompt, 8, 2) for prompt in PROMPTS]
 
 
+@pytest.mark.parametrize("ends", [258, [9, 258]], ids=str)
+def test_end_tokens_in_a_prompt_are_no_pads_where_pads_are_end_tokens(ends: int | list[int]) -> None:
+    """As in a chat of several turns whose tokenizer has no pad token of its own; `generate` infers no mask there."""
+    model, moves, prompt = tiny_model(), energy_moves(), [*PROMPTS[0], 258, *PROMPT, 258]
+    model.generation_config.pad_token_id, model.generation_config.eos_token_id = 258, ends
+    with Steering(model, moves, window=2):
+        found = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)[0, len(prompt) :].tolist()
+    assert found == slow_generate(model, moves, prompt, 8, 2, ends=[258, *(ends if isinstance(ends, list) else [])])
+
+
 def test_inputs_given_by_place() -> None:
     model, moves = tiny_model(), energy_moves()
     with Steering(model, moves, window=2):
