@@ -297,6 +297,14 @@ def test_a_source_of_few_prompts_decides_nothing(tiny: Tiny, plain: list[Complet
     assert trial.feasible
 
 
+@pytest.mark.parametrize(("count", "falls"), [(19, False), (20, True)])
+def test_a_source_of_twenty_harmful_prompts_is_looked_at(count: int, falls: bool, tiny: Tiny, tmp_path: Path) -> None:
+    dev = some_prompts(100, source="one") + some_prompts(2 * count, start=300, source="two")
+    completions = [Completion(p.id, "a", 1, False, "compliance", 0, "") for p in dev]
+    trial = rates(tuner_of(tiny, completions, tmp_path, dev=dev), [1.0, 0.0, 0.0], [0.5, 1.0, 0.5])
+    assert ("harmful refusals fall on two" in trial.why_not) == falls
+
+
 def test_a_source_is_looked_at_whatever_answers_could_be_scored(tiny: Tiny, tmp_path: Path) -> None:
     """Of 20 prompts one is unscored and ten are answered: 19 would pass for too few to look at."""
     dev = some_prompts(100, source="one") + some_prompts(40, start=300, source="two")
@@ -349,6 +357,27 @@ def test_more_unscored_answers_break_a_constraint(tiny: Tiny, plain: list[Comple
     assert fussy.unscored == 4
     assert "more unscored answers" in fussy.why_not
     assert "more unscored answers" not in tuner_of(tiny, plain, tmp_path)._judged(RULE).why_not
+
+
+@pytest.mark.parametrize(("before", "after", "more"), [(0, 2, False), (0, 3, True), (5, 7, False), (5, 8, True)])
+def test_as_many_answers_as_the_plain_models_and_a_hundredth_may_be_unscored(
+    before: int, after: int, more: bool, tiny: Tiny, tmp_path: Path
+) -> None:
+    class Mute(LetterJudge):
+        """Cannot score the first answers."""
+
+        left = after
+
+        def judge(self, prompt: str, completion: str) -> Verdict:
+            self.left -= 1
+            return Verdict("unscored", 0.5) if self.left >= 0 else Verdict("compliance", 0.0)
+
+    dev = some_prompts(200)
+    labels = ["unscored"] * before + ["compliance"] * (len(dev) - before)
+    plain = [Completion(p.id, "a", 1, False, label, 0, "") for p, label in zip(dev, labels, strict=True)]
+    trial = tuner_of(tiny, plain, tmp_path, dev=dev, judge=Mute())._judged(RULE)
+    assert trial.unscored == after
+    assert ("more unscored answers" in trial.why_not) == more
 
 
 def test_prompts_whose_plain_answer_could_not_be_scored_are_in_no_rate(
@@ -443,14 +472,17 @@ def test_what_spoils_answers_is_tried_again_with_a_shorter_way(
     assert sorted(ways) == pytest.approx([0.28125, 0.375, 0.5])
 
 
+@pytest.mark.parametrize(
+    ("knows", "moved"), [({0: 0.5, 1: 0.3, 2: 0.8, 3: 0.7}, (1, 2)), ({0: 0.5, 1: 0.8, 2: 0.7, 3: 0.3}, (2, 3))]
+)
 def test_the_best_bands_are_tried_one_layer_earlier_and_later(
-    tiny: Tiny, plain: list[Completion], tmp_path: Path
+    knows: dict[int, float], moved: tuple[int, int], tiny: Tiny, plain: list[Completion], tmp_path: Path
 ) -> None:
     tuner = scripted(tiny, plain, tmp_path, lambda rule: (0.9, 0.6, 1.0), etas=(0.5,), band_share=0.5, bands=1)
-    tuner.search({1.0: {0: 0.5, 1: 0.3, 2: 0.8, 3: 0.7}})  # (1, 2) knows too little for the first pass
-    assert (1, 2) not in bands(4, {0: 0.5, 1: 0.3, 2: 0.8, 3: 0.7}, 0.5)
+    tuner.search({1.0: knows})
+    assert moved not in bands(4, knows, 0.5), "it knows too little for the first pass"
     bands_tried = {tuple(trial.rule["layers"]) for trial in tuner.trials.values() if trial.stage == "screening"}
-    assert (1, 2) in bands_tried
+    assert moved in bands_tried
     assert all(layer in tuner.bases[1.0].tensors for band in bands_tried for layer in band)
 
 
@@ -473,6 +505,27 @@ def test_where_no_finalist_keeps_safety_the_safest_others_are_judged(
     assert found.feasible
     assert whole_way(found.rule) == 0.5
     assert [one.stage for one in tuner.trials.values()].count("verdicts") == 2
+
+
+def test_the_safest_is_not_judged_where_its_kl_is_above_the_bound(
+    tiny: Tiny, plain: list[Completion], tmp_path: Path
+) -> None:
+    """The finalist keeps no safety; of the two others the safer one talks otherwise on everyday prompts."""
+    does = {1.0: (0.9, 0.6, 1.0), 0.5: (0.8, 0.8, 1.0), 0.25: (0.7, 0.7, 1.0)}
+    options: dict[str, Any] = {"etas": (0.25, 0.5, 1.0), "finalists": 1, "bands": 1}
+    tuner = unmoved(scripted(tiny, plain, tmp_path, lambda rule: does[whole_way(rule)], **options))
+    screened, told = tuner._screened, tuner._judged
+
+    def moves(rule: dict[str, Any]) -> Trial:
+        return replace(screened(rule), why_not=[tuning.ABOVE_KL] if whole_way(rule) == 0.5 else [])
+
+    def judged(rule: dict[str, Any]) -> Trial:
+        return replace(told(rule), why_not=["margin"] if whole_way(rule) == 1.0 else [])
+
+    tuner._screened, tuner._judged = moves, judged  # type: ignore[method-assign]
+    found = tuner.search({1.0: {0: 0.5, 1: 0.5, 2: 0.5, 3: 0.7}})
+    assert found is not None
+    assert whole_way(found.rule) == 0.25
 
 
 def test_a_safer_weight_that_the_screening_passed_over_is_judged_where_no_finalist_keeps_safety(
@@ -550,6 +603,21 @@ def test_gates_steps_and_windows_are_tried_on_the_best(tiny: Tiny, plain: list[C
     assert not any(rule["window"] for rule in screened)
     quarter = tuner.bases[1.0].energy(3, DESIRABLE_STATES[:, 3]).quantile(0.25)
     assert tuner.landscape(found.rule).rule.gates == {3: pytest.approx(float(quarter))}
+
+
+def test_longer_windows_are_tried_on_the_two_best(tiny: Tiny, plain: list[Completion], tmp_path: Path) -> None:
+    def does(rule: dict[str, Any]) -> tuple[float, float, float]:
+        return 0.6 + rule["layers"][0] / 100 + whole_way(rule) / 10, 0.6, 1.0
+
+    tuner = unmoved(scripted(tiny, plain, tmp_path, does, etas=(0.2, 0.4, 0.6), windows=(0, 3, 5), bands=2))
+    tuner.search(AUROCS)
+    judged = [trial.rule for trial in tuner.trials.values() if trial.stage == "verdicts"]
+    assert [(rule["layers"], rule["eta"]) for rule in judged if not rule["window"]] == [
+        ([3], 0.6), ([2], 0.6), ([3], 0.4), ([2], 0.4)
+    ]  # fmt: skip
+    assert [(rule["layers"], rule["eta"], rule["window"]) for rule in judged if rule["window"]] == [
+        ([3], 0.6, 3), ([3], 0.6, 5), ([2], 0.6, 3), ([2], 0.6, 5)
+    ]  # fmt: skip
 
 
 def test_the_best_weight_of_the_benign_half_is_chosen(tiny: Tiny, plain: list[Completion], tmp_path: Path) -> None:
