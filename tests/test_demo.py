@@ -12,10 +12,10 @@ import torch
 
 from elsteer import demo as module
 from elsteer import fitting
-from elsteer.demo import decode_overhead, demo, fast_dtype
+from elsteer.demo import HARDER, LONGEST, decode_overhead, demo, fast_dtype, training_prompts
 from elsteer.errors import NothingHelps
 from elsteer.judges import JUDGES
-from elsteer.prompts import Prompt, starter
+from elsteer.prompts import Prompt, load_starter, starter
 from landscapes import tiny_landscape
 from pipelines import Killed, LetterJudge, Tiny, dies_at, forward_passes, lines, some_prompts, speaker, tiny_settings
 
@@ -56,6 +56,26 @@ def test_the_demo_fits_measures_and_says_what_it_cost(tmp_path: Path) -> None:
     assert found.decode_overhead.low <= found.decode_overhead.value <= found.decode_overhead.high
     assert found.evaluation.report.read_text().count("data:image/png;base64,") == 3  # with the frontier
     assert json.loads((tmp_path / "run/evaluation/overhead.json").read_text())["n"] == 2 * 32
+
+
+def test_it_trains_on_short_prompts_without_the_families_that_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def one(text: str, family: str = "", harmful: bool = False) -> Prompt:
+        return Prompt.of(text, harmful, family=family)
+
+    taken = [
+        one("x" * 90),
+        one("Kill a process.", "tools/kill", True),
+        one("Kill time.", "tools/past/"),
+        one("", "pas"),
+    ]
+    left = [one("x" * 91), *(one("Kill a process.", f"{name}kill", True) for name in ("twins/", "everyday/", "past/"))]
+    by_split = {"train": [*left[:2], *taken, *left[2:]]}
+    monkeypatch.setattr(module, "load_starter", by_split.__getitem__)
+    assert training_prompts() == taken
+    shipped = load_starter("train")
+    assert any(len(prompt.text) > LONGEST for prompt in shipped)
+    for name in HARDER:
+        assert any(prompt.family.startswith(name) for prompt in shipped), f"no family is called {name}"
 
 
 def test_the_second_demo_ends_quickly_and_computes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +119,9 @@ def test_where_nothing_helps_the_plain_model_is_shown_and_the_error_comes_last(
         assert [json.loads(row)["text"] for row in plain] == [json.loads(row)["text"] for row in steered]
 
 
-def test_another_rule_or_model_is_timed_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_rule_landscape_precision_or_model_is_timed_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     timed: list[Any] = []
 
     def count(model: Any, tokenizer: Any, landscape: Any, **options: Any) -> Any:
@@ -113,9 +135,19 @@ def test_another_rule_or_model_is_timed_anew(tmp_path: Path, monkeypatch: pytest
         found = module._overhead(*tiny, landscape, tmp_path, None)
     assert len(timed) == 1
     assert found.n == 2
-    module._overhead(*tiny, landscape.with_rule(window=2), tmp_path, None)
-    module._overhead(*other, tiny_landscape(other[0]), tmp_path, None)
+    # Each differs from the one before in one thing: the rule, the energies, the precision, the model.
+    wider = landscape.with_rule(window=2)
+    module._overhead(*tiny, wider, tmp_path, None)
+    assert len(timed) == 2
+    larger = tiny_landscape(tiny[0], rule=wider.rule, hidden=(8, 8))
+    module._overhead(*tiny, larger, tmp_path, None)
     assert len(timed) == 3
+    tiny[0].bfloat16()
+    module._overhead(*tiny, larger, tmp_path, None)
+    assert len(timed) == 4
+    other[0].bfloat16()
+    module._overhead(*other, tiny_landscape(other[0], rule=wider.rule, hidden=(8, 8)), tmp_path, None)
+    assert len(timed) == 5
 
 
 def test_timing_leaves_the_model_plain(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -181,7 +181,7 @@ def _overhead(
     progress: Progress | None,
 ) -> Interval:
     path = run_dir / "evaluation" / "overhead.json"
-    key = key_of(landscape.rule.to_dict(), str(model.dtype), landscape.fingerprint.to_dict())
+    key = key_of(landscape.rule.to_dict(), landscape.digest(), str(model.dtype), landscape.fingerprint.to_dict())
     if path.exists():
         told = json.loads(path.read_text(encoding="utf-8"))
         if told.get("key") == key:
