@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from transformers import PreTrainedModel
 
 from elsteer.comparison.compare import finished_fit
 from elsteer.energy.refine import SteeredProducts
@@ -439,6 +440,7 @@ def test_shuffled_outcomes_are_not_trained_through_the_model(tiny: Tiny, tmp_pat
             progress=lambda stage, done, total: stages.append(stage),
         )
     assert not any("through the model" in stage for stage in stages)
+    assert any("training the energy models" in stage for stage in stages)
 
 
 # What depends on what
@@ -595,10 +597,8 @@ def test_a_disk_without_room_for_the_states_is_told_at_once(
     written = sum(file.stat().st_size for name in ("states", "dev_states") for file in (tmp_path / name).iterdir())
     monkeypatch.setattr("elsteer.fitting.shutil.disk_usage", lambda _: SimpleNamespace(free=1.05 * written))
     alone = tmp_path / "alone"
-    with contextlib.suppress(LandscapeError):
-        collect(
-            *tiny, TRAIN, Landscape.from_pretrained(tmp_path / "landscape"), dev=DEV, run_dir=alone, settings=refined
-        )
+    landscape = Landscape.from_pretrained(tmp_path / "landscape")
+    collect(*tiny, TRAIN, landscape, dev=DEV, run_dir=alone, settings=refined)
     assert sum(file.stat().st_size for file in (alone / "states").iterdir()) > 0, "what is needed is what is written"
 
 
@@ -702,6 +702,34 @@ def test_sources_that_were_named_since_are_looked_at(tiny: Tiny, tmp_path: Path)
     with forward_passes(tiny[0]) as passes:
         fitted(tiny, tmp_path, dev=named)
     assert passes, "its settings are tried anew, by what each source says"
+
+
+def test_other_neutral_prompts_have_the_settings_tried_anew(tiny: Tiny, tmp_path: Path) -> None:
+    first = fitted(tiny, tmp_path)
+    others = [Prompt.of(text, False) for text in ("What is the hour?", "Tell me of the lake.")]
+    assert fitted(tiny, tmp_path, neutral=others).provenance["dev"]["kl"] != first.provenance["dev"]["kl"]
+
+
+def test_the_same_weights_in_another_precision_answer_anew(tiny: Tiny, tmp_path: Path) -> None:
+    half = copy.deepcopy(tiny[0]).bfloat16()
+    whole = copy.deepcopy(half).float()
+    assert fingerprint(half, tiny[1]) == fingerprint(whole, tiny[1])
+
+    def begins(model: PreTrainedModel) -> int:
+        """With so many answers that are there."""
+        found: list[int] = []
+
+        def progress(stage: str, done: int, total: int) -> None:
+            if stage == "answering the training prompts":
+                found.append(done)
+            elif stage == "answering the dev prompts":
+                raise Killed(stage)
+
+        with pytest.raises(Killed):
+            fitted((model, tiny[1]), tmp_path, progress=progress)
+        return found[0]
+
+    assert [begins(model) for model in (whole, whole, half, half, whole)] == [0, len(TRAIN), 0, len(TRAIN), 0]
 
 
 def test_neutral_prompts_of_ones_own_are_so_many_at_most(
@@ -884,14 +912,36 @@ def test_limits_draw_by_seed(tiny: Tiny, tmp_path: Path) -> None:
 # More states, gates, controls
 
 
-def test_states_of_generated_tokens_gates_windows_and_no_guard_go_through(tiny: Tiny, tmp_path: Path) -> None:
-    tuning = {**HELPS, "gates": [None, 0.25], "windows": [0, 2], "steps": [1, 2], "guards": [True, False]}
+def test_states_of_generated_tokens_gates_windows_and_no_guard_go_through(
+    tiny: Tiny, whole: tuple[Landscape, Path], tmp_path: Path
+) -> None:
+    tuning = {**HELPS, "gates": [None, 0.25], "windows": [1, 2], "steps": [1, 2], "guards": [True, False]}
     with contextlib.suppress(NothingHelps):
         fitted(tiny, tmp_path, settings=tiny_settings(collect={"state_tokens": 3}, tuning=tuning))
-    rules = [row["trial"]["rule"] for row in rows_of(tmp_path / "frontier.jsonl")]
-    for name, values in {"gate": {None, 0.25}, "window": {0, 2}, "steps": {1, 2}, "guard": {True, False}}.items():
+    trials = [row["trial"] for row in rows_of(tmp_path / "frontier.jsonl")]
+    rules = [trial["rule"] for trial in trials]
+    for name, values in {"gate": {None, 0.25}, "window": {1, 2}, "steps": {1, 2}, "guard": {True, False}}.items():
         assert {rule[name] for rule in rules} == values
     assert {round(rule["eta"] * rule["steps"], 6) for rule in rules} == set(HELPS["etas"])
+    # A gate, a guard and more steps change what the model does, not the words in the file alone.
+    screened = [trial for trial in trials if trial["stage"] == "screening"]
+    for name in ("gate", "guard", "steps"):
+        figures: dict[str, list[tuple[float, ...]]] = {}
+        for trial in screened:
+            rule = {**trial["rule"], "eta": round(trial["rule"]["eta"] * trial["rule"]["steps"], 6), name: None}
+            found = trial["answered_benign"], trial["refused_harmful"], trial["kl"]
+            figures.setdefault(json.dumps({**rule, "steps": None if name == "steps" else rule["steps"]}), []).append(
+                found
+            )
+        assert any(len(set(same)) > 1 for same in figures.values()), name
+    landscape = Landscape.from_pretrained(tmp_path / "landscape")
+    chosen, steered = landscape.provenance["dev"]["rule"], landscape.rule
+    assert (steered.window, steered.steps, steered.guard) == (chosen["window"], chosen["steps"], chosen["guard"])
+    assert (steered.gates is None) == (chosen["gate"] is None)
+    counts = StateStore(tmp_path / "states").read([one.id for one in TRAIN], layers=slice(0, 0))[1]
+    assert int(counts.max()) == 3
+    read, of_prompts = (read_energies(folder / "energy/1").tensors[2]["weight"] for folder in (tmp_path, whole[1]))
+    assert not torch.allclose(read, of_prompts, atol=1e-3), "generated tokens' states are learned from, too"
 
 
 def test_as_many_states_are_kept_of_every_training_prompt_as_are_asked_for(tiny: Tiny, tmp_path: Path) -> None:
