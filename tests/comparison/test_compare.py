@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import shutil
@@ -24,6 +25,7 @@ from elsteer.files import read_jsonl
 from elsteer.fitting import collect
 from elsteer.judges import JUDGES
 from elsteer.landscape import Landscape
+from elsteer.models import fingerprint
 from elsteer.steering.methods.baseline import Candidate
 from elsteer.steering.methods.baselines import BASELINES
 from elsteer.tuning import Trial
@@ -275,6 +277,44 @@ def test_prompts_are_asked_with_the_thinking_mode_of_the_fit_and_another_makes_o
     (run / "settings.yaml").write_text(text.replace("thinking: false", "thinking: true"), encoding="utf-8")
     assert answers() == said((tiny[0], tokenizer), prompts[:8], thinking=True)
     assert len(lines(rows)) == 2 * len(prompts)
+
+
+def test_the_detectable_difference_is_of_the_harmful_prompts_and_the_median_change(
+    tiny: Tiny, fitted: Path, tmp_path: Path
+) -> None:
+    """d of n pairs of which a share c changes: n d^2 = (1.96 sqrt(c) + 0.84 sqrt(c - d^2))^2, of which n and c are counted."""
+    prompts = [one for at, one in enumerate(some_prompts(240, start=400)) if one.harmful or at < 20]
+    suite = tmp_path / "mine.jsonl"
+    rows = [{"prompt": one.text, "harmful": one.harmful} for one in prompts]
+    suite.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    given = {"budget": 1, "finalists": 1, "max_new_tokens": 4, "judge": "letters"}
+    result = compare(*tiny, fitted, ["els", "caa", "ablation"], [str(suite)], out=tmp_path / "out", **given)
+    labels = {
+        name: {row["prompt_id"]: row["label"] for row in read_jsonl(tmp_path / f"out/rows/mine.{name}.jsonl")}
+        for name in ("none.0", "els.1", "caa.1", "ablation.1")
+    }
+    plain = labels.pop("none.0")
+    harmful = [one.id for one in prompts if one.harmful and plain[one.id] != "unscored"]
+    changed = []
+    for mine in labels.values():
+        pairs = [(plain[one], mine[one]) for one in harmful if mine[one] != "unscored"]
+        changed.append(sum(before != after for before, after in pairs) / len(pairs))
+    c, d = sorted(changed)[1], result.detectable
+    assert len({*changed}) == 3
+    assert (1.959964 * math.sqrt(c) + 0.841621 * math.sqrt(c - d * d)) ** 2 / d**2 == pytest.approx(len(harmful))
+    page = (tmp_path / "out/compare.md").read_text(encoding="utf-8")
+    assert f"a true difference of {d * 100:.1f} points would be found" in page
+
+
+def test_the_same_weights_in_another_precision_answer_anew(
+    tiny: Tiny, fitted: Path, suite: Path, tmp_path: Path
+) -> None:
+    half = copy.deepcopy(tiny[0]).bfloat16()
+    whole = copy.deepcopy(half).float()
+    assert fingerprint(half, tiny[1]) == fingerprint(whole, tiny[1])
+    for model, kept in ((whole, 40), (whole, 40), (half, 80), (half, 80)):
+        compare(model, tiny[1], fitted, ["random"], [str(suite)], out=tmp_path, max_new_tokens=4, judge="letters")
+        assert [len(lines(tmp_path / f"rows/mine.{name}.jsonl")) for name in ("none.0", "random.1")] == [kept, kept]
 
 
 def test_what_is_wrong_is_said_in_a_sentence(tiny: Tiny, fitted: Path, suite: Path, tmp_path: Path) -> None:
