@@ -13,9 +13,9 @@ from elsteer.completions import PromptCaches
 from elsteer.decoding import prefill, score, share_prefix
 from elsteer.errors import LandscapeError, SteeringError
 from elsteer.landscape import Landscape
-from elsteer.models import encode_chat, fingerprint, render_chat
+from elsteer.models import encode_chat, fingerprint, load, render_chat
 from landscapes import RULE, tiny_landscape
-from pipelines import Tiny, forward_passes, some_prompts
+from pipelines import Tiny, forward_passes, some_prompts, speaker
 from tiny import tiny_model, tiny_tokenizer
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'elsteer[lm-eval]'")
@@ -114,6 +114,26 @@ def test_steered_log_likelihoods_are_those_of_elsteers_own_score(tiny: Tiny, lan
         assert not greedy or logs.argmax(dim=-1).tolist() == ids
     plain = list(score(model, batch, answers))
     assert any(not torch.allclose(a, b, atol=1e-2) for a, b in zip(plain, steered, strict=True))
+
+
+def test_a_continuation_is_greedy_where_the_steered_model_says_it() -> None:
+    """Of a model that speaks in letters, so that what it says is a text; the plain one says something else."""
+    model, tokenizer = speaker()
+    landscape = tiny_landscape(model).with_rule(eta=1.0)
+    contexts = [f"{one.text}:" for one in some_prompts(6)]
+    with landscape.attach(model, STRENGTH):
+        ids = [torch.tensor([tokenizer(one, add_special_tokens=False)["input_ids"]]) for one in contexts]
+        made = [model.generate(one, max_new_tokens=3, do_sample=False)[0, one.shape[1] :] for one in ids]
+    said = [str(tokenizer.decode(one)) for one in made]
+    other = [text[:-1] + ("a" if text[-1] != "a" else "b") for text in said]
+    pairs = [*zip(contexts, said, strict=True), *zip(contexts, other, strict=True)]
+    requests = [asked("loglikelihood", *one) for one in pairs]
+    lm = ElsteerLM(model, landscape, STRENGTH, tokenizer=tokenizer, batch_size=4)
+    with lm.steering:
+        steered = [greedy for _, greedy in lm.loglikelihood(requests)]
+    assert steered == [True] * 6 + [False] * 6
+    plain = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4).loglikelihood(requests)
+    assert [greedy for _, greedy in plain] != steered
 
 
 def test_at_strength_0_everything_is_hflms_to_the_bit(tiny: Tiny, landscape: Landscape) -> None:
@@ -254,6 +274,17 @@ metric_list: [{{metric: acc}}]
         found["results"]["tiny_choices"]["acc,none"]
         == sum(t == one["target"] for t, one in zip(taken, samples, strict=True)) / 4
     )
+    # What the harness was told is the model, the landscape and the strength.
+    told = [value for one in samples for ((value, _),) in one["resps"]]
+    requests = [asked("loglikelihood", *pair) for one in samples for pair in one["arguments"]]
+    model, tokenizer = load(saved[0])
+    plain = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=2).loglikelihood(requests)
+    for strength, same in ((2.0, True), (1.0, False)):
+        lm = ElsteerLM(model, Landscape.from_pretrained(saved[1]), strength, tokenizer=tokenizer, batch_size=2)
+        with lm.steering:
+            values = [value for value, _ in lm.loglikelihood(requests)]
+        assert (told == pytest.approx(values, abs=1e-4)) is same
+    assert told != pytest.approx([value for value, _ in plain], abs=1e-4)
 
 
 def test_an_error_of_elsteers_own_is_one_sentence_on_the_command_line(

@@ -218,6 +218,24 @@ def test_one_more_token_after_generate_is_a_generated_one(window: int) -> None:
         torch.testing.assert_close(found[row], wanted[-1], atol=1e-4, rtol=0)
 
 
+def test_one_more_token_after_several_returned_sequences_is_one_of_its_own_prompt() -> None:
+    """The prompts are of different lengths, so that those of another row would end elsewhere."""
+    model, moves, inputs = tiny_model(), energy_moves(), pad(PROMPTS)
+    with Steering(model, moves, window=3), torch.no_grad():
+        made = model.generate(
+            **inputs, max_new_tokens=2, do_sample=True, num_return_sequences=2, eos_token_id=None,
+            return_dict_in_generate=True,
+        )  # fmt: skip
+        tokens = made.sequences[:, -2:]
+        mask = torch.nn.functional.pad(inputs["attention_mask"].repeat_interleave(2, dim=0), (0, 2), value=1)
+        given = {"attention_mask": mask, "position_ids": mask.sum(dim=1, keepdim=True) - 1}
+        found = model(input_ids=tokens[:, -1:], past_key_values=made.past_key_values, **given).logits[:, -1]
+    for row, said in enumerate(tokens.tolist()):
+        prompt = PROMPTS[row // 2]
+        wanted = slow_logits(model, moves, [*prompt, *said], len(prompt) - 1, 3)
+        torch.testing.assert_close(found[row], wanted[-1], atol=1e-4, rtol=0)
+
+
 def test_strengths_of_another_number_than_the_rows_are_refused() -> None:
     model = tiny_model()
     for count in (1, 2, 3):

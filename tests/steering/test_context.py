@@ -203,7 +203,7 @@ def test_compiled() -> None:
         torch.compiler.reset()
     runner = torch.compile(tiny_model(), backend="eager")
     try:
-        with Steering(runner, {LAYER: move}, window=0), torch.no_grad():
+        with Steering(runner, {LAYER: move}, window=2), torch.no_grad():  # of each row three tokens are looked at
             logits = runner(**pad(PROMPTS)).logits[:, -1]
         slow = [
             slow_logits(model, {LAYER: Told(move, plain_context(model, move, p))}, p, len(p) - 1, 0)[-1]
