@@ -83,8 +83,6 @@ def test_links_lead_somewhere(name: str) -> None:
             continue
         path, _, anchor = target.partition("#")
         found = (page.parent / path) if path else page
-        if found.parent.name == "images" and not any((ROOT / "docs" / "images").glob("*.png")):
-            continue  # pictures of a run, put there when it has ended
         assert found.exists(), f"{name} links to {target}"
         if anchor:
             heads = re.findall(r"^#+ (.+)$", found.read_text(encoding="utf-8"), re.MULTILINE)

@@ -180,7 +180,7 @@ def test_an_energy_model_read_back_has_what_was_measured_and_nothing_made_up(tmp
     config = json.loads((tmp_path / "config.json").read_text())
     del config["rule"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(LandscapeError):
+    with pytest.raises(LandscapeError, match="rule"):
         Landscape.from_pretrained(tmp_path)
 
 
@@ -188,7 +188,7 @@ def test_no_untrained_model_is_ever_loaded_with_a_warning(tmp_path: Path) -> Non
     landscape = tiny_landscape()
     landscape.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(ElsteerError):
+    with pytest.raises(ElsteerError, match=r"model\.safetensors"):
         Landscape.from_pretrained(tmp_path)
 
 

@@ -251,15 +251,18 @@ def test_the_loss_falls_and_no_weight_of_the_model_changes(tiny: Tiny, units: in
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_the_same_seed_trains_the_same(tiny: Tiny) -> None:
+def test_the_same_seed_trains_the_same_and_another_one_otherwise(tiny: Tiny) -> None:
     batches = batches_of(tiny)
     labels = labels_of(tiny, batches)
     found = []
-    for _ in range(2):
+    for seed in (3, 3, 5):
         trained = products()
-        refine(tiny[0], batches, HARMFUL, labels, trained, TrainingSettings(refine_epochs=1), seed=3)
+        start = trained.turn.detach().clone()
+        refine(tiny[0], batches, HARMFUL, labels, trained, TrainingSettings(refine_epochs=1), seed=seed)
+        assert not torch.equal(trained.turn, start)
         found.append(trained.turn.detach())
-    assert torch.equal(*found)
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2]), "the batches come in another order"
 
 
 def test_hooks_are_gone_after_an_error(tiny: Tiny) -> None:

@@ -147,7 +147,14 @@ def test_tables_count_the_rows(tiny: Tiny, landscape: Landscape, suite: Path, tm
         ids = [prompt.id for prompt in PROMPTS if prompt.harmful == one.harmful]
         assert one.refused_plain.value == sum(labels["none", at] == "refusal" for at in ids) / len(ids)
         assert one.refused_steered.value == sum(labels["els", at] == "refusal" for at in ids) / len(ids)
-    assert found.sentence
+        before, after = ([labels[name, at] == "refusal" for at in ids] for name in ("none", "els"))
+        gone = sum(a and not b for a, b in zip(before, after, strict=True))
+        words = (
+            f"Of the {sum(before)} benign prompts that the plain model refused (of {len(ids)}), {gone} are now answered"
+        )
+        if one.harmful:
+            words = f"Harmful prompts refused: {sum(before) / len(ids):.1%} -> {sum(after) / len(ids):.1%} (difference "
+        assert words in found.sentence
 
 
 def test_report_pictures_and_a_summary_in_valid_json(

@@ -31,6 +31,7 @@ from elsteer.steering.methods.k_steering import ClassifierSteps, _signs, train_c
 from elsteer.steering.methods.layers import band, choices, per_row, singles
 from elsteer.steering.methods.surgical import false_refusal_direction
 from pipelines import LetterJudge, some_prompts, speaker, tiny_settings
+from slow import inputs_of_blocks
 from tiny import tiny_model
 
 close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
@@ -498,15 +499,18 @@ def test_strength_0_is_the_plain_model_and_others_are_not(name: str) -> None:
             made: Tensor = model(input_ids=ids).logits
         return made
 
-    plain = logits()
+    with inputs_of_blocks(model) as states:
+        plain = logits()
     for candidate in candidates_of(name):
         with candidate.attach(model) as steering:
             if not candidate.moves:
                 assert steering is None
                 continue
             assert steering is not None
-            # The prompt's last token moves, unless the condition holds it.
-            assert candidate.method == "cast" or not torch.equal(logits()[:, -1], plain[:, -1])
+            # Each prompt's last token moves, unless a condition holds it in every layer.
+            due = torch.stack([move.delta(states[at][0][:, -1]).any(dim=1) for at, move in candidate.moves.items()])
+            assert torch.equal((logits()[:, -1] != plain[:, -1]).any(dim=1), due.any(dim=0))
+            assert due.any(dim=0).all() or candidate.settings.get("refuse") == 0.0
             steering.strength = 0.0
             assert torch.equal(logits(), plain)
         with candidate.scaled(0).attach(model) as steering:
@@ -530,9 +534,23 @@ def test_a_vector_moves_the_window_alone() -> None:
     assert not torch.equal(plain[:, -1], steered[:, -1])
 
 
-@pytest.mark.parametrize("name", ["caa", "ablation", "surgical", "cast", "alphasteer", "k-steering", "els-paper"])
-def test_what_cannot_be_learned_is_one_sentence(name: str) -> None:
-    with pytest.raises(RunError, match=r"\.$"):
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("caa", "No training prompt has the outcome false_refusal, which this method learns from"),
+        ("ablation", "No training prompt has the outcome safe_refusal, which this method learns from"),
+        ("surgical", "No training prompt has the outcome false_refusal, which this method learns from"),
+        ("cast", "No training prompt has the outcome false_refusal, which this method learns from"),
+        (
+            "alphasteer",
+            "No training prompt has the outcome safe_refusal or false_refusal, which this method learns from",
+        ),
+        ("k-steering", "k-steering learns from answers and from false refusals, and the training prompts lack one"),
+        ("els-paper", "els-paper needs 5 desirable and 5 undesirable answers at least"),
+    ],
+)
+def test_what_cannot_be_learned_is_one_sentence(name: str, said: str) -> None:
+    with pytest.raises(RunError, match=rf"^{said}[^.]*\.$"):
         get_baseline(name).candidates(toy({"helpful": [[1.0, 2.0], [3.0, 1.0]]}))
 
 
