@@ -125,6 +125,28 @@ def test_a_pipe_is_a_conversation(here: Path) -> None:
     assert "Strength 1; /help lists the commands." in result.stderr
 
 
+def test_the_strength_and_the_system_prompt_of_the_command_are_the_chats(
+    here: Path, talk: Chat, tmp_path: Path
+) -> None:
+    with_system = tmp_path / "landscape"
+    provenance = {"settings": {"collect": {"system": "Be brief."}}}
+    talk.landscape.with_provenance(**provenance).save_pretrained(with_system)
+    question = [{"role": "user", "content": "Hello"}]
+    for landscape, options, strength, system in (
+        (here / "landscape", [], 1.0, None),
+        (here / "landscape", ["--strength", "0"], 0.0, None),
+        (here / "landscape", ["--strength", "0.5", "--system", "Be kind."], 0.5, "Be kind."),
+        (with_system, [], 1.0, "Be brief."),
+        (with_system, ["--system", "Be kind."], 1.0, "Be kind."),
+    ):
+        talk.system = system
+        plain, steered = (_alone(talk, question, value) for value in (0.0, strength))
+        assert (plain == steered) == (strength == 0)
+        result = elsteer("chat", landscape, *options, "--max-new-tokens", "12", input="Hello\n")
+        assert f"Strength {strength:g}; " in result.stderr
+        assert f"you: Hello\nplain: {plain}\nsteered: {steered}\n" in result.stdout
+
+
 def test_bytes_that_are_no_text_end_nothing(here: Path) -> None:
     result = elsteer("chat", here / "landscape", "--max-new-tokens", "4", input=b"caf\xe9?\nHello\n")
     assert result.exit_code == 0, result.stderr

@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -18,9 +19,12 @@ from elsteer.cli import app
 from elsteer.console import ProgressBars, screen
 from elsteer.judges import JUDGES, Verdict
 from elsteer.landscape import Landscape
+from elsteer.models.chat import template_hash
+from elsteer.prompts import load_suite
 from elsteer.settings import FitSettings
 from fake_hub import WRITER, fake_hub
 from landscapes import tiny_landscape
+from tiny import tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +64,9 @@ def test_every_command_explains_itself_with_an_example(path: tuple[str, ...]) ->
 
 
 def test_every_setting_has_a_flag_with_its_default() -> None:
+    def several(value: object) -> tuple[object, ...]:
+        return value if isinstance(value, tuple) else (value,)
+
     text = " ".join(elsteer("fit", "--help").output.split())
     for prefix, settings in (
         ("", FitSettings().collect),
@@ -67,8 +74,12 @@ def test_every_setting_has_a_flag_with_its_default() -> None:
         ("tuning-", FitSettings().tuning),
     ):
         for name in type(settings).model_fields:
-            assert f"--{prefix}{name.replace('_', '-')} " in text
-    assert "[default: 48]" in text
+            told = (
+                text.partition(f" --{prefix}{name.replace('_', '-')} ")[2].partition("[default: ")[2].partition("]")[0]
+            )
+            value = getattr(settings, name)
+            words = [{"None": "none", "True": "yes", "False": "no"}.get(str(one), str(one)) for one in several(value)]
+            assert told == ",".join(words), name
 
 
 def test_help_does_not_wait_for_torch() -> None:
@@ -167,8 +178,9 @@ def test_one_file_with_both_kinds_of_prompts_will_do(here: Path, tmp_path: Path,
 
 
 def test_without_prompts_the_starter_prompts_are_taken(here: Path, tmp_path: Path) -> None:
-    result = elsteer("fit", here / "model", "--run-dir", tmp_path, "--limit", "40", "--dev-limit", "40", *FAST)
-    assert result.exit_code in (0, 2, 3)
+    result = elsteer("fit", here / "model", "--run-dir", tmp_path, "--limit", "80", "--dev-limit", "40", *FAST)
+    assert result.exit_code in (0, 3), result.stderr
+    assert (tmp_path / "landscape").is_dir()
     rows = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
     assert {row["source"].partition("+")[0] for row in rows} == {"starter"}  # some of them under attack
     assert {row["split"] for row in rows} == {"train", "dev"}
@@ -182,6 +194,11 @@ def test_as_many_harmful_prompts_as_benign_ones_are_fine(here: Path, tmp_path: P
     )
     run = ["--run-dir", tmp_path / "run", *FAST, "--dev", here / "mine.jsonl"]
     result = elsteer("fit", here / "model", "--benign", benign, "--harmful", harmful, *run)
+    assert result.exit_code in (0, 3), result.stderr
+    assert "Training prompts: 64 benign, 64 harmful" in result.stderr
+    assert (
+        Landscape.from_pretrained(tmp_path / "run" / "landscape").provenance["dev"]["prompts"] >= 40
+    )  # and copies under attack
     assert "orthonormal" not in result.stderr
 
 
@@ -227,26 +244,58 @@ def test_fit_goes_on_from_a_landscape(here: Path, tmp_path: Path) -> None:
     assert found.rule.layers == Landscape.from_pretrained(first).rule.layers
 
 
-def test_strength_zero_changes_nothing(here: Path, tmp_path: Path) -> None:
-    options = [
-        "--suite",
-        here / "mine.jsonl",
-        "--judge",
-        "coin",
-        "--strength",
-        "0",
-        "--no-quality",
-        "--run-dir",
-        tmp_path,
-    ]
-    result = elsteer("evaluate", here / "run" / "landscape", *options)
+def evaluated(here: Path, folder: Path, *more: str | Path, judge: str = "coin") -> list[dict[str, Any]]:
+    """All rows of `elsteer evaluate` in a folder of its own, without whole answers."""
+    options = ["--suite", here / "mine.jsonl", "--judge", judge, "--no-quality", "--run-dir", folder]
+    result = elsteer("evaluate", here / "run" / "landscape", *options, *more)
     assert result.exit_code == 0, result.stderr
+    (folder / "said.txt").write_text(result.stdout, encoding="utf-8")
+    files = sorted((folder / "evaluation").glob("mine.*.jsonl"))
+    return [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
 
-    def said(method: str) -> list[str]:
-        lines = (tmp_path / "evaluation" / f"mine.{method}.jsonl").read_text(encoding="utf-8").splitlines()
-        return [json.loads(line)["text"] for line in lines]
 
-    assert said("els") == said("none")
+def test_strength_zero_changes_nothing_and_another_one_does(here: Path, tmp_path: Path) -> None:
+    for strength, same in (("0", True), ("2.5", False)):
+        rows = evaluated(here, tmp_path / strength, "--strength", strength)
+        plain, steered = ([row["text"] for row in rows if row["method"] == name] for name in ("none", "els"))
+        assert (plain == steered) is same
+        assert {row["strength"] for row in rows if row["method"] == "els"} == {float(strength)}
+
+
+def test_the_seed_draws_the_prompts_of_a_suite(here: Path, tmp_path: Path) -> None:
+    drawn = {}
+    for seed in (0, 3):
+        rows = evaluated(here, tmp_path / str(seed), "--limit", "10", "--seed", str(seed))
+        wanted = load_suite(str(here / "mine.jsonl"), limit=10, seed=seed)
+        drawn[seed] = {row["prompt"] for row in rows}
+        assert drawn[seed] == {one.text for one in wanted}
+    assert drawn[0] != drawn[3]
+
+
+def test_harm_is_asked_for_and_labels_are_read_where_the_options_say_so(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Harm(CoinJudge):
+        name, early = "harm", False  # what such a one says of labels is kept
+
+        def harms(self, prompts: list[str], completions: list[str]) -> list[float]:
+            return [0.25 for _ in completions]
+
+    monkeypatch.setitem(JUDGES, "harm", Harm)
+    answers = [(f"answer {at}", at % 3 == 0) for at in range(30)]
+    labels = tmp_path / "said-by-people.jsonl"
+    rows = [{"prompt": "why", "completion": text, "label": label} for text, label in answers]
+    labels.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    evaluated(here, tmp_path / "with", "--harm", "--judge-labels", labels, "--limit", "10", judge="harm")
+    evaluated(here, tmp_path / "without", "--limit", "10", judge="harm")
+    for folder, there in (("with", True), ("without", False)):
+        said = " ".join((tmp_path / folder / "said.txt").read_text(encoding="utf-8").split())
+        assert ("Harm of the answers to harmful prompts (els), 0 to 1: 0.250 to 0.250" in said) is there
+        assert (tmp_path / folder / "evaluation/labels.jsonl").exists() is there
+    assert len((tmp_path / "with/evaluation/labels.jsonl").read_text(encoding="utf-8").splitlines()) == len(answers)
+    words = ["--suite", here / "mine.jsonl", "--judge", "coin", "--harm", "--model", "no/model"]
+    refused = elsteer("evaluate", here / "run/landscape", *words)  # before a model is loaded
+    assert "coin cannot tell how harmful an answer is" in one_sentence(refused)
 
 
 def test_a_suite_without_one_scored_answer_is_no_defect(
@@ -260,6 +309,52 @@ def test_a_suite_without_one_scored_answer_is_no_defect(
     options = ["--suite", here / "mine.jsonl", "--judge", "mute", "--no-quality", "--run-dir", tmp_path]
     result = elsteer("evaluate", here / "run" / "landscape", *options)
     assert "defect" not in result.stderr
+
+
+# How the model is loaded
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--device", "toaster"], "'toaster' is no device"),
+        (["--device", "cpu", "--device-map", "auto"], "either device or device_map"),
+        (["--dtype", "float33"], "'float33' is no dtype"),
+        (["--chat-template", "nowhere.jinja"], "The chat template nowhere.jinja cannot be read"),
+        (["--revision", "v2"], "not in the local hub cache at revision v2"),
+        (["--blocks", "model.nowhere"], "'model.nowhere' is no list of decoder blocks"),
+    ],
+    ids=lambda one: one[0] if isinstance(one, list) else "",
+)
+def test_every_command_that_loads_a_model_loads_it_as_it_is_told(
+    words: list[str], said: str, here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What cannot be done is told, so it was asked for."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    model = "someone/tiny" if "--revision" in words else here / "model"
+    landscape, suite = here / "run" / "landscape", here / "mine.jsonl"
+    for command in (
+        ["fit", model, "--benign", here / "benign.txt", "--harmful", here / "harmful.txt", "--run-dir", tmp_path],
+        ["evaluate", landscape, "--model", model, "--suite", suite, "--run-dir", tmp_path],
+        ["compare", model, "--run-dir", here / "run", "--suite", suite, "--methods", "els", "--out", tmp_path],
+        ["capability", landscape, "--model", model, "--task", "kl", "--out", tmp_path],
+        ["chat", landscape, "--model", model],
+    ):
+        assert said in one_sentence(elsteer(*command, *words)), command[0]
+
+
+def test_a_chat_template_of_ones_own_is_the_one_that_is_fitted(here: Path, tmp_path: Path) -> None:
+    template = tmp_path / "own.jinja"
+    template.write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}!", encoding="utf-8")
+    _fit(here, str(tmp_path / "run"), "--chat-template", template)
+    found, usual = (Landscape.from_pretrained(folder / "run" / "landscape").fingerprint for folder in (tmp_path, here))
+    tokenizer = tiny_tokenizer("chatml")
+    assert usual.template_sha256 == template_hash(tokenizer)
+    tokenizer.chat_template = template.read_text(encoding="utf-8")
+    assert found.template_sha256 == template_hash(tokenizer)
+    assert "the chat template is another one" in one_sentence(
+        elsteer("chat", here / "run" / "landscape", "--chat-template", template, input="Hello\n")
+    )
 
 
 # inspect
@@ -378,7 +473,6 @@ def test_push_uploads_and_says_where(tmp_path: Path) -> None:
 
 
 def test_demo_shows_the_whole_story(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("elsteer.demo")
     settings = FitSettings.model_validate(yaml.safe_load((here / "run" / "settings.yaml").read_text(encoding="utf-8")))
     monkeypatch.setitem(JUDGES, "rules", CoinJudge)
     monkeypatch.setattr("elsteer.demo.SETTINGS", settings.model_copy(update={"limit": 120, "dev_limit": 60}))
