@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -188,6 +189,39 @@ def test_prompts_and_answers_in_one_pass_where_the_ends_are_told(side: str) -> N
         torch.testing.assert_close(kept, wanted, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("lengths", "told"),
+    [
+        ([5, 0], "from 1 up"),
+        ([-1, 2], "from 1 up"),
+        ([5.0, 2.0], "from 1 up"),
+        ([[5, 2]], "from 1 up"),
+        ([True, True], "from 1 up"),
+        ([5], "1 lengths were given for a batch of 2 rows"),
+        ([5, 2, 2], "3 lengths were given for a batch of 2 rows"),
+        ([5, 3], "Row 1 was said to have a prompt of 3 tokens and only 2 ran"),
+    ],
+)
+def test_lengths_that_do_not_fit_the_batch_are_an_error(lengths: list[Any], told: str) -> None:
+    model, inputs = tiny_model(), pad(PROMPTS[:2])
+    with (
+        Steering(model, energy_moves(), window=0) as steering,
+        pytest.raises(SteeringError, match=told),
+        steering.prompts(torch.tensor(lengths)),
+    ):
+        logits_of(model, **inputs)
+
+
+def test_a_prompt_in_pieces_ends_where_its_length_says() -> None:
+    model, moves = tiny_model(), energy_moves()
+    with Steering(model, moves, window=0) as steering, steering.prompts([len(PROMPT)]):  # a list will do
+        cache = DynamicCache(config=model.config)
+        logits_of(model, input_ids=torch.tensor([PROMPT[:4]]), past_key_values=cache)
+        found = logits_of(model, input_ids=torch.tensor([PROMPT[4:]]), past_key_values=cache)
+    wanted = slow_logits(model, moves, PROMPT, len(PROMPT) - 1, 0)
+    torch.testing.assert_close(found[0], wanted[4:], atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("window", [0, 2])
 def test_where_the_ends_were_told_the_tokens_after_them_are_generated_ones(window: int) -> None:
     """The prompt in two pieces within `prompts`, its answer outside; a sequence before it leaves nothing behind."""
@@ -335,6 +369,17 @@ def test_an_exception_inside_the_model_leaves_nothing_half_done() -> None:
             model.generate(torch.tensor([[5, 100_000]]), max_new_tokens=2)
         found = model.generate(**pad([PROMPT]), max_new_tokens=4, do_sample=False)[0, len(PROMPT) :].tolist()
     assert found == slow_generate(model, moves, PROMPT, 4, 2)
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.0])
+def test_a_steered_model_is_neither_copied_nor_pickled(strength: float) -> None:
+    model = tiny_model()
+    with Steering(model, energy_moves(), window=0, strength=strength):
+        with pytest.raises(SteeringError, match="copied"):
+            copy.deepcopy(model)
+        with pytest.raises(SteeringError, match="pickled"):
+            pickle.dumps(model)
+    assert torch.equal(logits_of(copy.deepcopy(model), **pad([PROMPT])), logits_of(model, **pad([PROMPT])))
 
 
 def test_attaching_twice_is_refused() -> None:

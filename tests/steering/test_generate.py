@@ -137,6 +137,21 @@ def test_a_cache_of_ones_own() -> None:
             assert found == [slow_generate(model, moves, PROMPT, 8, 2)]
 
 
+@pytest.mark.parametrize("reused", [False, True])
+def test_a_cache_that_holds_the_prompts_end_is_refused(reused: bool) -> None:
+    model, cache = tiny_model(), DynamicCache()
+    inputs = pad([PROMPT])
+    if reused:
+        generate(model, inputs, past_key_values=cache)
+    else:
+        model(**inputs, past_key_values=cache)
+    with Steering(model, energy_moves(), window=0), pytest.raises(SteeringError, match="crop the cache"):
+        generate(model, inputs, past_key_values=cache)
+    cache.crop(len(PROMPT) - 1 - cache.get_seq_length())
+    with Steering(model, moves := energy_moves(), window=0):
+        assert generate(model, inputs, past_key_values=cache) == [slow_generate(model, moves, PROMPT, 8, 0)]
+
+
 @pytest.mark.parametrize("family", FEW)
 def test_no_cache_at_all(family: str) -> None:
     model, moves = tiny_model(family), energy_moves()

@@ -9,17 +9,21 @@ prompt tokens are never touched. Where the prompt ends is known exactly in two c
 
 A forward pass of one's own is read like this: with an empty cache, or more than one new token, the pass ends a prompt; one more
 token on the cache of the pass before is a generated one. One more token on another cache could be either, and is an error.
+
+Threads: calls of `generate` wait for each other, as the handle knows of one batch at a time; passes of one's own that overlap
+with another thread's are an error.
 """
 
 from __future__ import annotations
 
 import inspect
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, NoReturn, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -100,6 +104,10 @@ class Steering:
         self._dues: tuple[Tensor, int] | None = None  # in this pass, the sum of `due` and over how many blocks
         self._past = False  # known inside `generate`: each pass of one token from here on is past the window
         self._given: tuple[Tensor, Tensor | None] | None = None  # lengths and rows told by `prompts`
+        self._reached: Tensor | None = None  # (B,) the highest position of each row so far, inside `prompts`
+        self._lock = threading.RLock()  # held by the thread that generates
+        self._generates: int | None = None  # that thread
+        self._passes: int | None = None  # the thread whose pass began last
         self._cache: weakref.ref[Any] | None = None
         self._active: tuple[Tensor, Tensor, Tensor | float] | None = None  # batch index, query index, strength
         self._where: tuple[Tensor, Tensor, Tensor | float] | None = None  # the same in fixed shapes, while compiling
@@ -165,12 +173,31 @@ class Steering:
         """Say where the prompts end, for forward passes of one's own: lengths (B,) in tokens without pads.
 
         rows: (B,) the places of a strength tensor that belong to the batch's rows, where strength is a tensor.
+        Raises SteeringError for lengths that are no whole numbers from 1 up, that are not one per row, or that no pass reached.
         """
-        self._given = (lengths, rows)
+        told = torch.as_tensor(lengths)
+        if told.dim() != 1 or told.is_floating_point() or told.dtype == torch.bool or bool((told < 1).any()):
+            raise SteeringError(
+                "lengths are the prompts' numbers of tokens without pads: give one whole number from 1 up per row."
+            )
+        self._given, self._reached = (told, rows), None
         try:
             yield
+            reached = self._reached
         finally:
-            self._given = None
+            self._given = self._reached = None
+        if reached is not None and bool((short := reached + 1 < told.to(reached.device)).any()):
+            row = int(short.nonzero()[0])
+            raise SteeringError(
+                f"Row {row} was said to have a prompt of {int(told[row])} tokens and only {int(reached[row]) + 1} ran, so that "
+                "it was not steered: give lengths in tokens, without pads."
+            )
+
+    def __deepcopy__(self, memo: Any) -> NoReturn:
+        raise SteeringError("A steered model cannot be copied, as the copy would run this one: detach first.")
+
+    def __reduce__(self) -> NoReturn:
+        raise SteeringError("A steered model cannot be pickled: detach first.")
 
     # Hooks
 
@@ -215,7 +242,14 @@ class Steering:
         def generate(*args: Any, **kwargs: Any) -> Any:
             if self._off or not self.enabled:
                 return plain(*args, **kwargs)
-            kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+            with self._lock:
+                before, self._generates = self._generates, threading.get_ident()
+                try:
+                    return steered({**dict(zip(names, args, strict=False)), **kwargs})
+                finally:
+                    self._generates = before
+
+        def steered(kwargs: dict[str, Any]) -> Any:
             refuse_options(self.model, kwargs)
             ids = next((kwargs[n] for n in ("inputs_embeds", "inputs", "input_ids") if kwargs.get(n) is not None), None)
             mask = kwargs.get("attention_mask")
@@ -223,15 +257,21 @@ class Steering:
                 mask = inferred_mask(self.model, ids, kwargs)
             if isinstance(mask, Tensor) and mask.dim() == 2:
                 kwargs, mask = left_padded(kwargs, mask)
+            ended = mask if isinstance(mask, Tensor) and mask.dim() == 2 else ids
+            end = 0 if ended is None else ended.shape[1] - 1  # 0: generation from the begin token alone
+            cache = cache_given(kwargs)
+            held = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+            if held > end:
+                raise SteeringError(
+                    f"The cache that is given holds {held} tokens and the prompt has {end + 1}, so that its last token would "
+                    "not be run and steered: crop the cache, or give a new one."
+                )
             outer = self._end, self._end_tensor, self._real, self._asked
             if generation_is_plain(self.model, kwargs):
                 counted = (*(kwargs.get("logits_processor") or ()), _Steps(self))
                 kwargs["logits_processor"] = LogitsProcessorList(counted)
             self._real = mask[:, :-1].bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
-            if ids is None:
-                self._end = 0  # generation from the begin token alone
-            else:
-                self._end = (mask if isinstance(mask, Tensor) and mask.dim() == 2 else ids).shape[1] - 1
+            self._end = end
             self._end_tensor = torch.tensor(self._end, device=self.model.device)
             self._asked = 1 if ids is None else int(ids.shape[0])
             self._ran, self._past = False, False
@@ -256,7 +296,25 @@ class Steering:
         mask = kwargs.get("attention_mask")
         self._mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
+    def _begin_pass(self) -> None:
+        if _recording():
+            self._passes = _COMPILED
+            return
+        here = threading.get_ident()
+        if self._generates not in (None, here):
+            raise SteeringError(_THREADS)
+        self._passes = here  # a pass of another thread that is under way notices
+
+    def _same_pass(self) -> None:
+        """Raises SteeringError where a pass of another thread has begun since, unless nothing is steered."""
+        if _recording() or self._off or not self.enabled:
+            return
+        if self._passes not in (None, _COMPILED, threading.get_ident()):
+            raise SteeringError(_THREADS)
+
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._off and self.enabled:
+            self._begin_pass()
         self._active = self._where = self._columns = self._dues = None
         self._contexts.clear()
         self._fired, self._ran = 0, True
@@ -321,6 +379,12 @@ class Steering:
         """(B,) position of each row's prompt end."""
         if self._given is not None:
             self._starts = self._given[0].to(position.device) - 1
+            if len(self._starts) != len(position):
+                raise SteeringError(
+                    f"{len(self._starts)} lengths were given for a batch of {len(position)} rows: give one per row."
+                )
+            highest = position.masked_fill(~real, -1).amax(dim=1)
+            self._reached = highest if self._reached is None else torch.maximum(self._reached, highest)
             return self._starts
         if self._begins(cache, seen, position.shape[1]):
             if seen and position.shape[1] == 1 and not self._goes_on(cache):
@@ -396,6 +460,7 @@ class Steering:
         device = None if buffer is None else buffer.device
 
         def steer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            self._same_pass()
             if self._active is None and self._where is None:
                 return None
             hidden: Tensor = args[0] if args else kwargs["hidden_states"]
@@ -471,6 +536,7 @@ class Steering:
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if _recording():
             return
+        self._same_pass()
         cache = cache_made(output)
         self._cache = None if cache is None else weakref.ref(cache)
         if self._active is None:
@@ -483,6 +549,11 @@ class Steering:
             )
 
 
+_COMPILED = -1  # in place of a thread: compiled code does not ask for it
+_THREADS = (
+    "Two threads ran this steered model at once, which it cannot tell apart: use model.generate, whose calls wait for each "
+    "other, or a lock around forward passes of your own."
+)
 _BYPASSED = (
     "The model generated without calling its decoder through its hooks, so nothing was steered: run it without the engine "
     "or wrapper that bypasses them."
