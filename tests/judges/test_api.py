@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -26,6 +27,7 @@ class Service:
         self.asked: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
         self.retry_after: str | None = None
+        self.location: str | None = None
         service = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -45,6 +47,8 @@ class Service:
                 self.send_header("Content-Length", str(len(data)))
                 if service.retry_after is not None:
                     self.send_header("Retry-After", service.retry_after)
+                if service.location is not None:
+                    self.send_header("Location", service.location)
                 self.end_headers()
                 self.wfile.write(data)
 
@@ -138,13 +142,23 @@ def test_trouble_that_passes_is_waited_for(service: Service) -> None:
     ("named", "pauses"), [("7", [7, 7]), ("3600", [60, 60]), ("Fri, 27 Nov", [1, 2]), (None, [1, 2])]
 )
 def test_it_waits_as_long_as_the_service_says(
-    service: Service, monkeypatch: pytest.MonkeyPatch, named: str | None, pauses: list[float]
+    service: Service, caplog: pytest.LogCaptureFixture, named: str | None, pauses: list[float]
 ) -> None:
-    waited: list[float] = []
-    monkeypatch.setattr("elsteer.judges.api.time.sleep", waited.append)
+    waited: list[float | None] = []
+
+    class Pauses(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            waited.append(timeout)
+            return False
+
     service.replies, service.retry_after = [429, 429, "2"], named
-    assert ApiJudge(service.url, "some-model").judge("How?", ANSWER).label == "refusal"
+    one = ApiJudge(service.url, "some-model")
+    one._stop = Pauses()
+    assert one.judge("How?", ANSWER).label == "refusal"
     assert waited == pauses
+    assert [record.message for record in caplog.records if "trying again" in record.message] == [
+        f"The judge at {service.url}/chat/completions does not answer (status 429): trying again, with growing pauses."
+    ]  # said once
 
 
 def test_trouble_that_stays_is_an_error(service: Service) -> None:
@@ -159,8 +173,56 @@ def test_trouble_that_stays_is_an_error(service: Service) -> None:
         judge(service).judge("How?", ANSWER)
     with pytest.raises(JudgeError, match="did not answer in 2 tries"):
         ApiJudge("http://127.0.0.1:9/v1", "m", pause=0.0, tries=2).judge("How?", ANSWER)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["nowhere", "http://", "http://[bad", "http://localhost:9/\u00f6/v1", "http://localhost:abc/v1", "ftp://a/v1"],
+)
+def test_what_is_no_address_is_said_at_once(url: str) -> None:
     with pytest.raises(JudgeError, match="--judge-url"):
-        ApiJudge("nowhere", "m")
+        ApiJudge(url, "m")
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirection_is_an_error_and_the_key_goes_nowhere_else(service: Service, status: int) -> None:
+    asked: list[str | None] = []
+
+    class Elsewhere(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.headers.get("Authorization"))
+            data = json.dumps({"choices": [{"message": {"content": "1"}}]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        do_POST = do_GET
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        service.replies, service.location = [status], f"http://127.0.0.1:{other.server_port}/v1/chat/completions"
+        with pytest.raises(JudgeError, match=f"redirects to {service.location}"):
+            judge(service, key="sk-secret").judge("How?", ANSWER)
+        other.shutdown()
+    assert (len(service.asked), asked) == (1, [])
+
+
+def test_where_one_request_fails_for_good_the_others_stop_waiting(service: Service) -> None:
+    """Eight tries with a pause of a minute: without a word to the others it would end in seven minutes."""
+    service.replies = [503, 503, 503, 401]
+    one = ApiJudge(service.url, "some-model", pause=60.0, workers=4)
+    begun = time.monotonic()
+    with pytest.raises(JudgeError, match="status 401"):
+        one.judge_many(["How?"] * 40, [ANSWER] * 40)
+    assert time.monotonic() - begun < 30
+    time.sleep(0.2)
+    assert len(service.asked) <= 8, "what was not begun is not asked any more"
+    service.replies = ["2"]
+    assert [verdict.label for verdict in one.judge_many(["How?"] * 2, [ANSWER] * 2)] == ["refusal"] * 2
 
 
 def test_many_at_once_come_in_order_and_tokens_are_counted(service: Service) -> None:
