@@ -105,14 +105,15 @@ def _cast(evidence: Evidence) -> list[Candidate]:
     few = (0.02, 0.05, 0.1)
     # layers, condition, share of the rightly refused that is called benign (None: the best F1), alpha, alpha of refusal
     plan: list[tuple[tuple[int, ...], str, float | None, float, float]] = [
-        *((wide, "linear", share, 2.0, 0.0) for share in (None, *few, 0.2)),
-        *((wide, "mean", share, 2.0, 0.0) for share in (None, *few)),
-        *((wide, "principal", share, 2.0, 0.0) for share in (None, *few[1:])),
+        *((wide, "linear", share, 2.0, 0.0) for share in (None, *few)),
+        *((wide, "mean", share, 2.0, 0.0) for share in (None, *few[:2])),
+        *((wide, "principal", share, 2.0, 0.0) for share in (None, few[1])),
         *((wide, "linear", share, 1.0, 0.0) for share in few),
         *((single, "linear", share, 1.0, 0.0) for share in few),
     ]
     if evidence.rows("jailbreak").any():
-        plan += [(wide, "linear", share, 2.0, refuse) for share in few for refuse in (0.25, 0.5)]
+        both = [(share, alpha, refuse) for share in few[:2] for alpha in (2.0, 1.0) for refuse in (0.25, 0.5)]
+        plan += [(wide, "linear", *one) for one in (*both, (few[2], 2.0, 0.5))]
     plan = list(dict.fromkeys(plan))
     fitted = {at: _Fitted(evidence, at) for at in sorted({layer for layers, *_ in plan for layer in layers})}
     found = []
