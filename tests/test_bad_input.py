@@ -18,6 +18,7 @@ from elsteer.cli import app
 from elsteer.console import Application
 from elsteer.errors import RunError
 from elsteer.landscape import Landscape
+from elsteer.prompts import load_suite, read_prompts
 from elsteer.run import RunFolder
 
 
@@ -235,6 +236,34 @@ def test_a_file_where_the_run_folder_should_be(here: Path) -> None:
     assert "is a file: give a folder for the run" in said
 
 
+def test_the_home_folder_in_a_path_is_found(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of --option=~/file the shell leaves the ~, and so does Python."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(here / "run" / "landscape", tmp_path / "landscape")
+    shutil.copy(here / "mine.jsonl", tmp_path / "mine.jsonl")
+    made = elsteer("evaluate", "~/landscape", "--suite=~/mine.jsonl", "--run-dir=~/found", "--judge", "coin")
+    assert made.exit_code == 0, made.stderr
+    assert (tmp_path / "found" / "report.html").is_file()
+    assert [one.text for one in read_prompts("~/mine.jsonl")] == [one.text for one in read_prompts(here / "mine.jsonl")]
+    with RunFolder("~/made").owned():
+        assert (tmp_path / "made").is_dir()
+    (tmp_path / "oktest.jsonl").write_text('{"prompt": "How?"}\n', encoding="utf-8")
+    assert [one.text for one in load_suite("oktest", data_dir="~")] == ["How?"]
+    assert not (tmp_path / "~").exists()
+
+
+def test_what_is_measured_of_the_landscape_one_stands_in_goes_beside_it(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(here / "run" / "landscape", tmp_path / "run" / "landscape")
+    monkeypatch.chdir(tmp_path / "run" / "landscape")
+    made = elsteer("evaluate", ".", "--suite", here / "mine.jsonl", "--judge", "coin")
+    assert made.exit_code == 0, made.stderr
+    assert (tmp_path / "run" / "report.html").is_file()
+    assert not (tmp_path / "run" / "landscape" / "runs").exists()
+
+
 @pytest.mark.parametrize("command", ["evaluate", "compare", "capability"])
 def test_a_negative_seed(here: Path, command: str) -> None:
     where = here / "run" / "landscape" if command != "compare" else here / "model"
@@ -296,10 +325,16 @@ def test_a_full_disk_while_evaluating(here: Path, disk: Callable[[str], Path]) -
         (["fit", "m", "--tuning-etas", "0.1,much"], "--tuning-etas is 'much': it must be a valid number"),
         (["fit", "m", "--limit", "3"], "--limit is 3: it must be greater than or equal to 16"),
         (["fit", "m", "--config", "nope.yaml"], "nope.yaml was not found"),
+        (["fit", "m", "--judge", "api"], "A fit and a comparison ask too often for the judge api: choose classifier"),
+        (
+            ["compare", "m", "--run-dir", "r", "--suite", "starter", "--judge", "local"],
+            "elsteer evaluate --judge local",
+        ),
         (["evaluate", "m"], "Missing option '--suite'"),
         (["evaluate", "m", "--suite", "xtest"], "did you mean 'xstest'?"),
         (["evaluate", "m", "--suite", "starter", "--judge", "mother"], "There is no judge called 'mother'"),
         (["evaluate", "m", "--suite", "starter", "--limit", "0"], "0 is not in the range x>=1"),
+        (["evaluate", "m", "--suite", "caf\udce9.jsonl"], "The name 'caf\\udce9.jsonl' is not UTF-8: rename the file"),
         (["judge", "--agreement", "nope.jsonl"], "There is no file nope.jsonl"),
         (["no-such-command"], "No such command 'no-such-command'"),
     ],

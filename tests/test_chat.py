@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from commands import elsteer, save_tiny, started, stop_when
+from commands import elsteer, one_sentence, save_tiny, started, stop_when
 from elsteer.chat import Chat, converse
 from elsteer.errors import ModelError
 from elsteer.landscape import Landscape, SteeringRule
@@ -94,7 +94,7 @@ def test_strength_zero_makes_both_sides_the_same(talk: Chat) -> None:
 def test_a_conversation_that_outgrows_the_context_says_so(talk: Chat) -> None:
     with (
         talk.attached(1.0),
-        pytest.raises(ModelError, match=r"tokens and the model's context is 1024: begin anew with /reset"),
+        pytest.raises(ModelError, match=r"tokens and the model's context is 1024: shorten it"),
     ):
         talk.say("x" * 2000)
     assert talk.histories == ([], [])
@@ -138,6 +138,7 @@ def test_the_strength_and_the_system_prompt_of_the_command_are_the_chats(
         (here / "landscape", ["--strength", "0.5", "--system", "Be kind."], 0.5, "Be kind."),
         (with_system, [], 1.0, "Be brief."),
         (with_system, ["--system", "Be kind."], 1.0, "Be kind."),
+        (with_system, ["--system", ""], 1.0, None),
     ):
         talk.system = system
         plain, steered = (_alone(talk, question, value) for value in (0.0, strength))
@@ -145,6 +146,12 @@ def test_the_strength_and_the_system_prompt_of_the_command_are_the_chats(
         result = elsteer("chat", landscape, *options, "--max-new-tokens", "12", input="Hello\n")
         assert f"Strength {strength:g}; " in result.stderr
         assert f"you: Hello\nplain: {plain}\nsteered: {steered}\n" in result.stdout
+
+
+def test_bytes_of_a_terminal_that_are_no_text_are_said(talk: Chat) -> None:
+    """As a terminal hands them on whose locale is not UTF-8."""
+    with talk.attached(1.0), pytest.raises(ModelError, match="not UTF-8"):
+        talk.say(b"caf\xe9?".decode("utf-8", "surrogateescape"))
 
 
 def test_bytes_that_are_no_text_end_nothing(here: Path) -> None:
@@ -155,9 +162,11 @@ def test_bytes_that_are_no_text_end_nothing(here: Path) -> None:
 
 def test_an_overlong_line_is_said_and_the_chat_goes_on(here: Path) -> None:
     result = elsteer("chat", here / "landscape", "--max-new-tokens", "4", input="x" * 5000 + "\nHello\n")
-    assert result.exit_code == 0, result.stderr
-    assert "the model's context is 1024: begin anew with /reset." in result.stdout
+    assert "the model's context is 1024: shorten it." in result.stdout
     assert result.stdout.count("plain: ") == 1
+    assert "the model's context is 1024: shorten it." in one_sentence(result), "what reads the pipe learns of it"
+    later = elsteer("chat", here / "landscape", "--max-new-tokens", "4", input="Hello\n" + "x" * 5000 + "\n/quit\n")
+    assert "begin anew with /reset" in one_sentence(later)
 
 
 def test_a_negative_strength_is_refused(here: Path) -> None:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from elsteer.comparison.compare import finished_fit
 from elsteer.energy.refine import SteeredProducts
-from elsteer.errors import JudgeError, LandscapeError, NothingHelps, PromptError, RunError
+from elsteer.errors import JudgeError, LandscapeError, NothingHelps, PromptError, RunError, SteeringError
 from elsteer.fitting import collect, fit
 from elsteer.judges import JUDGES, Verdict
 from elsteer.landscape import Landscape
@@ -354,6 +354,17 @@ def test_a_fit_that_cannot_go_on_from_a_landscape_says_why(
     with pytest.raises(RunError, match=words):
         fitted(tiny, tmp_path / "second", settings=changed_training(**changed), start=start)
     assert not (tmp_path / "second").exists()
+
+
+def test_a_steered_model_is_neither_fitted_nor_answered_for_others(tiny: Tiny, tmp_path: Path) -> None:
+    landscape = tiny_landscape(tiny[0])
+    given = {"run_dir": tmp_path / "run", "settings": tiny_settings()}
+    with landscape.attach(tiny[0], 0.0):
+        with pytest.raises(SteeringError, match="steered already"):
+            fit(*tiny, some_prompts(8), **given)
+        with pytest.raises(SteeringError, match="steered already"):
+            collect(*tiny, some_prompts(8), landscape, **given)
+    assert not list((tmp_path / "run").glob("*.jsonl")), "before anything is answered"
 
 
 def test_a_landscape_that_was_not_trained_through_the_model_or_is_of_another_is_no_start(

@@ -105,9 +105,8 @@ class Chat:
         rows = [encode_chat(self.tokenizer, turn, system=self.system, thinking=self.thinking) for turn in turns]
         longest, limit = max(map(len, rows)), context_length(self.model)
         if longest >= limit:
-            raise ModelError(
-                f"This conversation has {longest} tokens and the model's context is {limit}: begin anew with /reset."
-            )
+            way = "begin anew with /reset" if self.histories[0] else "shorten it"
+            raise ModelError(f"This conversation has {longest} tokens and the model's context is {limit}: {way}.")
         pad = self.tokenizer.pad_token_id
         ids, mask = left_pad(rows, 0 if pad is None else int(pad))
         pair = _Pair(self.tokenizer, end_ids(self.model, self.tokenizer), on_text)
@@ -129,25 +128,30 @@ class Chat:
 def converse(chat: Chat, strength: float, console: Console) -> None:
     """Read lines from the keyboard (or a pipe) and show both answers, until /quit or the end of the input.
 
-    Raises LandscapeError or SteeringError where the landscape cannot be attached; errors in a turn are said, and it goes on.
+    Raises LandscapeError or SteeringError where the landscape cannot be attached. Errors in a turn are said, and it goes on; of
+    a pipe the last one is raised at the end.
     """
     live = console.is_terminal and sys.stdin.isatty()
+    failed: ElsteerError | None = None
     with chat.attached(strength) as steering:
         for line in _lines(console, live):
             word, _, rest = line.partition(" ")
             try:
                 if word == "/quit":
-                    return
+                    break
                 if word.startswith("/"):
                     console.print(_command(chat, steering, word, rest.strip()), soft_wrap=True)
                 elif line:
                     _turn(chat, line, console, live)
             except ElsteerError as error:
+                failed = None if live else error
                 console.print(str(error), style="red", soft_wrap=True)
             except KeyboardInterrupt:
                 if not live:
                     raise
                 console.print("Stopped; this turn is left out.")
+    if failed is not None:
+        raise failed
 
 
 def _lines(console: Console, live: bool) -> Iterator[str]:

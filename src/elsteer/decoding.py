@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from elsteer.errors import ModelError
+from elsteer.errors import ModelError, SteeringError
 from elsteer.models import accepts, cache_argument, cache_made, decoder_of
 from elsteer.states import mapped_tensor
 
@@ -38,6 +38,7 @@ __all__ = [
     "mapped",
     "plain_model",
     "prefill",
+    "refuse_steered",
     "score",
     "share_prefix",
 ]
@@ -305,6 +306,12 @@ def expand(cache: Any, rows: int) -> Any:
 def _plain(cache: Any) -> bool:
     """Whether its layers only ever concatenate, and hold all columns."""
     return type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
+def refuse_steered(decoder: nn.Module) -> None:
+    """Raises SteeringError where a handle is attached to a model's decoder (`decoder_of`)."""
+    if getattr(decoder, STEERED, None) is not None:
+        raise SteeringError("This model is steered already: call .remove() on the first handle before attaching again.")
 
 
 @contextmanager

@@ -91,7 +91,7 @@ def demo(
     dtype "auto": `fast_dtype`. Raises what `load`, `fit` and `evaluate` raise; where nothing helps, the evaluation still
     shows the plain model (strength 0) before NothingHelps is raised again.
     """
-    run_dir = Path(run_dir)
+    run_dir = Path(run_dir).expanduser()
     chosen = fast_dtype() if dtype == "auto" else dtype
     timings: dict[str, float] = {}
     start = time.perf_counter()

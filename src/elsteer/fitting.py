@@ -22,17 +22,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import elsteer
 from elsteer.completions import Completion, PromptCaches, bytes_per_token, complete
-from elsteer.decoding import PromptBatch
+from elsteer.decoding import PromptBatch, refuse_steered
 from elsteer.energy.refine import SteeredProducts, refine
 from elsteer.errors import NothingHelps, PromptError, RunError, SteeringError
 from elsteer.evaluation.plots import frontier_picture
 from elsteer.files import write_atomic, write_json, write_jsonl
 from elsteer.glimpse import FirstTokenJudge
-from elsteer.judges import DESIRABLE, get_judge, outcome_of
+from elsteer.judges import DESIRABLE, judge_of_fit, outcome_of
 from elsteer.landscape import Landscape
 from elsteer.models import (
     Fingerprint,
     context_length,
+    decoder_of,
     differences,
     effective_thinking,
     encode_chat,
@@ -184,7 +185,8 @@ def _collected(
 ) -> _Collected:
     """fitted: whether energies are to be trained and tuned on it."""
     # What can be wrong with the prompts or the judge's name is said before anything is deleted or computed.
-    judge = get_judge(settings.collect.judge)
+    refuse_steered(decoder_of(model))
+    judge = judge_of_fit(settings.collect.judge)
     _check_template(tokenizer, prompts, settings)
     if fitted and is_refined(settings):
         _check_trainable(model)
@@ -251,7 +253,9 @@ class _Through:
     def _openers(self) -> dict[int, tuple[int, int]]:
         labels = {at: self.judged[one.id] for at, one in enumerate(self.caches.prompts) if one.id in self.judged}
         told = of_stage(self.progress, "trying other beginnings of answers")
-        return try_openers(self.caches, get_judge(self.settings.collect.judge), self.groups[:1], labels, progress=told)
+        return try_openers(
+            self.caches, judge_of_fit(self.settings.collect.judge), self.groups[:1], labels, progress=told
+        )
 
     @cached_property
     def _batches(self) -> Sequence[PromptBatch]:
@@ -349,7 +353,7 @@ def _collect(
     try:
         return complete(
             caches,
-            get_judge(collect.judge),
+            judge_of_fit(collect.judge),
             max_new_tokens=collect.max_new_tokens,
             places=_in_full(caches.prompts, settings),
             path=run / "completions.jsonl",
@@ -560,7 +564,7 @@ def _caches(
 def _dev(run: RunFolder, caches: PromptCaches, settings: FitSettings, progress: Progress | None) -> list[Completion]:
     return complete(
         caches,
-        get_judge(settings.collect.judge),
+        judge_of_fit(settings.collect.judge),
         max_new_tokens=settings.tuning.tokens,
         path=run / "dev.jsonl",
         extra={"tokens_at_most": settings.tuning.tokens},
@@ -601,7 +605,7 @@ def _tune(
         caches,
         plain,
         neutral,
-        get_judge(settings.collect.judge),
+        judge_of_fit(settings.collect.judge),
         StateStore(run / "dev_states").read(good, tokens=1)[0][:, 0],
         settings.tuning,
         run / "frontier.jsonl",

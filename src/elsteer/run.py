@@ -65,7 +65,7 @@ class RunFolder:
     """A folder of one run. Use `with run.owned():` around everything that writes."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name

@@ -87,6 +87,8 @@ def test_rows_without_a_label_are_left_out(tmp_path: Path) -> None:
         ("json.jsonl", b'{"completion": "x"\n', r"line 1 is not JSON"),
         ("list.jsonl", b"[1]\n", r"line 1 is not a JSON object"),
         ("bytes.jsonl", b'{"completion": "\xff"}\n', "not UTF-8"),
+        ("deep.jsonl", b"[" * 100_000 + b"\n", "line 1 is not JSON"),
+        ("cut.csv", b'completion,label\nx,refusal\n"y,refus', "is not CSV: unexpected end"),
         ("number.jsonl", b'{"completion": 5, "label": "refusal"}\n', "not text"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -221,10 +222,26 @@ def test_what_cannot_be_steered_is_refused(tiny: Tiny, landscape: Landscape) -> 
         ElsteerLM(model, landscape, tokenizer=tokenizer, peft="x")
     with pytest.raises(SteeringError, match="number for --batch_size"):
         ElsteerLM(model, landscape, tokenizer=tokenizer, batch_size="auto:4")
+    with pytest.raises(SteeringError, match="landscape=PATH"):
+        ElsteerLM(model, tokenizer=tokenizer)
+    with pytest.raises(SteeringError, match=r"strength is one finite number.*not 'much'"):
+        ElsteerLM(model, landscape, "much", tokenizer=tokenizer)
     with pytest.raises(SteeringError, match="Give the tokenizer"):
         ElsteerLM(model, landscape)
     with pytest.raises(LandscapeError, match="fitted to"):
         ElsteerLM(tiny_model(seed=1), landscape, tokenizer=tokenizer)
+
+
+def test_a_model_of_ones_own_is_plain_again_once_it_is_gone(tiny: Tiny, landscape: Landscape) -> None:
+    model, tokenizer = tiny
+    inputs = landscape.encode(tokenizer, [{"role": "user", "content": "Hello"}])
+    plain = model(**inputs).logits
+    for strength in (1.0, 0.5):  # the second one can be attached
+        lm = ElsteerLM(model, landscape, strength, tokenizer=tokenizer)
+        assert not torch.equal(model(**inputs).logits, plain)
+        del lm
+        gc.collect()
+        assert torch.equal(model(**inputs).logits, plain)
 
 
 @pytest.fixture

@@ -270,6 +270,17 @@ def test_one_more_token_after_several_returned_sequences_is_one_of_its_own_promp
         torch.testing.assert_close(found[row], wanted[-1], atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("strength", ["much", "", None, object(), [[1.0]], [float("nan")], float("inf")])
+def test_a_strength_that_is_no_number_is_refused(strength: Any) -> None:
+    with pytest.raises(SteeringError, match="strength is one finite number"):
+        Steering(tiny_model(), energy_moves(), window=0, strength=strength)
+
+
+def test_a_strength_may_be_written_as_text() -> None:
+    with Steering(tiny_model(), energy_moves(), window=0, strength="0.5") as steering:  # type: ignore[arg-type]
+        assert steering.strength == 0.5
+
+
 def test_strengths_of_another_number_than_the_rows_are_refused() -> None:
     model = tiny_model()
     for count in (1, 2, 3):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from elsteer.commands.shared import FILE, debug_option, load_for, model_options, read_landscape
+from elsteer.commands.shared import FILE, debug_option, load_for, model_options, read_landscape, run_folder_of
 from elsteer.console import ProgressBars, invocation, note, screen
 
 if TYPE_CHECKING:
@@ -84,10 +84,7 @@ def capability(
             found = load_choices(task, data_dir=data_dir, limit=limit, seed=seed)
             note(f"{BENCHMARKS[task].title}: {len(found)} questions")
     read = read_landscape(landscape)
-    local = Path(landscape)
-    folder = out or (
-        local.resolve().parent if local.name == "landscape" and local.is_dir() else Path("runs") / local.name
-    )
+    folder = out or run_folder_of(landscape)
     invocation().kept = folder
     llm, tokenizer = load_for(read, model, **loading)
     from elsteer.evaluation.capability import capability as run

@@ -117,10 +117,10 @@ def compare(
     """
     from elsteer import show
     from elsteer.comparison.compare import check_methods, finished_fit, known_methods
-    from elsteer.judges import get_judge
+    from elsteer.judges import judge_of_fit
     from elsteer.prompts import load_suite
 
-    get_judge(judge)
+    judge_of_fit(judge)
     methods = check_methods(methods or known_methods())
     _, landscape = finished_fit(run_dir)
     for name in suites:

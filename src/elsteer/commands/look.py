@@ -32,7 +32,7 @@ def inspect(landscape: str) -> None:
 @click.argument("landscape")
 @click.option("--model", help="Hub id, folder or GGUF file. [default: the model it was fitted to]")
 @click.option("--strength", type=click.FloatRange(min=0), help="Scales the steps. [default: the landscape's]")
-@click.option("--system", help="System prompt. [default: the one it was fitted with]")
+@click.option("--system", help="System prompt; '' for none. [default: the one it was fitted with]")
 @click.option(
     "--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Length of an answer."
 )
@@ -54,7 +54,14 @@ def chat(
     from elsteer.chat import Chat, converse
 
     collect = found.asked_with
-    talk = Chat(llm, tokenizer, found, system or collect.get("system"), collect.get("thinking"), max_new_tokens)
+    talk = Chat(
+        llm,
+        tokenizer,
+        found,
+        collect.get("system") if system is None else system or None,
+        collect.get("thinking"),
+        max_new_tokens,
+    )
     value = found.rule.strength if strength is None else strength
     note(f"Strength {value:g}; /help lists the commands.")
     converse(talk, value, screen())

@@ -15,10 +15,35 @@ if TYPE_CHECKING:
 
     from elsteer.landscape import Landscape
 
-__all__ = ["FILE", "debug_option", "judge_options", "load_for", "load_model", "model_options", "read_landscape"]
+__all__ = [
+    "FILE",
+    "debug_option",
+    "judge_options",
+    "load_for",
+    "load_model",
+    "model_options",
+    "read_landscape",
+    "run_folder_of",
+]
 
 Command = Callable[..., Any]
-FILE = click.Path(path_type=Path)
+
+
+class _File(click.Path):
+    """A path; of --option=~/file the shell leaves the ~ to us."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return Path(super().convert(value, param, ctx)).expanduser()  # type: ignore[arg-type]
+
+
+FILE = _File(path_type=Path)
+
+
+def run_folder_of(landscape: str) -> Path:
+    """Where what is measured of a landscape goes by default: its run folder; runs/NAME where it lies elsewhere."""
+    local = Path(landscape).expanduser()
+    local = local.resolve() if local.is_dir() else local
+    return local.parent if local.name == "landscape" and local.is_dir() else Path("runs") / local.name
 
 
 def _debug(ctx: click.Context, _option: click.Parameter, value: bool) -> None:

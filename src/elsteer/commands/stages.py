@@ -16,6 +16,7 @@ from elsteer.commands.shared import (
     load_model,
     model_options,
     read_landscape,
+    run_folder_of,
 )
 from elsteer.console import ProgressBars, invocation, note, screen
 from elsteer.errors import PromptError
@@ -106,6 +107,9 @@ def fit(
     Example:  elsteer fit ./my-model --benign asked.jsonl --harmful refuse.csv --run-dir runs/mine
     """
     settings = read_settings(FitSettings, config)
+    from elsteer.judges import judge_of_fit
+
+    judge_of_fit(settings.collect.judge)  # what is wrong with it is said before the model is loaded
     before = None if start is None else read_landscape(start)
     from elsteer import show
     from elsteer.prompts import load_starter, read_prompts, require_both_classes
@@ -247,10 +251,7 @@ def evaluate(
     if strength is not None:
         found = found.with_rule(strength=strength)
     controls = [found.with_method(name) for name in methods]
-    local = Path(landscape)
-    folder = run_dir or (
-        local.resolve().parent if local.name == "landscape" and local.is_dir() else Path("runs") / local.name
-    )
+    folder = run_dir or run_folder_of(landscape)
     invocation().kept = folder
     llm, tokenizer = load_for(found, model, **loading)
     from elsteer.evaluation.evaluate import evaluate as run

@@ -40,7 +40,7 @@ from elsteer.evaluation.statistics import (
 )
 from elsteer.files import read_jsonl, write_atomic
 from elsteer.fitting import neutral_prompts
-from elsteer.judges import get_judge
+from elsteer.judges import judge_of_fit
 from elsteer.landscape import Landscape
 from elsteer.models import fingerprint
 from elsteer.prompts import Prompt, check_apart, load_suite, suite_name
@@ -107,7 +107,7 @@ def compare(
     strength times each of these; the figures are of 1. budget, finalists: candidates screened, and judged in full.
     Started again, it goes on where it was. Raises RunError, PromptError, LandscapeError in one sentence.
     """
-    folder = Path(out) if out is not None else Path(run_dir) / "compare"
+    folder = (Path(out) if out is not None else Path(run_dir) / "compare").expanduser()
     work = _Work(model, tokenizer, RunFolder(run_dir), seed, judge, max_new_tokens, batch_size, progress, folder)
     names = check_methods(methods)
     if not suites:
@@ -128,7 +128,7 @@ def compare(
 
 def finished_fit(run_dir: str | Path) -> tuple[FitSettings, Landscape]:
     """The settings and the landscape of a run folder. Raises RunError where it has none yet."""
-    run = Path(run_dir)
+    run = Path(run_dir).expanduser()
     if not (run / "settings.yaml").exists() or not (run / "landscape").is_dir():
         raise RunError(
             f"{run} holds no finished fit (settings.yaml and landscape): run `elsteer fit` with --run-dir {run} first."
@@ -185,7 +185,7 @@ class _Work:
             str(self.model.dtype),
             self.settings.collect.system,
             self.max_new_tokens,
-            get_judge(self.judge).name,
+            judge_of_fit(self.judge).name,
         )
 
     def caches(self, prompts: Sequence[Prompt], system: str | None = None) -> PromptCaches:
@@ -230,7 +230,7 @@ class _Work:
                 self.caches(self.dev),
                 [known[one.id] for one in self.dev],
                 self.caches(self.neutral),
-                get_judge(self.settings.collect.judge),
+                judge_of_fit(self.settings.collect.judge),
                 None,
                 self.tuning,
                 self.run / "no-trials.jsonl",
@@ -330,7 +330,7 @@ class _Work:
         def run(steering: Steering | None) -> list[Completion]:
             return complete(
                 caches,
-                get_judge(self.judge),
+                judge_of_fit(self.judge),
                 max_new_tokens=self.max_new_tokens,
                 steering=steering,
                 path=self.folder / f"rows/{suite}.{name}.{strength:g}.jsonl",

@@ -22,6 +22,7 @@ __all__ = [
     "degeneration",
     "get_judge",
     "judge_all",
+    "judge_of_fit",
     "outcome_of",
     "require_harm",
 ]
@@ -71,6 +72,19 @@ def get_judge(judge: str | Judge, *, url: str | None = None, model: str | None =
     raise JudgeError(
         f"There is no judge called {judge!r}: choose one of {known}, or the folder of a classifier that you trained."
     )
+
+
+def judge_of_fit(name: str) -> Judge:
+    """`get_judge` of a judge that a fit, and a comparison on it, can ask: by name alone, and tens of thousands of times.
+
+    Raises JudgeError, for `api` and `local` too.
+    """
+    if name in ("api", "local"):
+        raise JudgeError(
+            f"A fit and a comparison ask too often for the judge {name}: choose {', '.join(sorted(JUDGES))}, or the folder of a "
+            f"classifier that you trained (elsteer judge --train), and measure with elsteer evaluate --judge {name}."
+        )
+    return get_judge(name)
 
 
 def judge_all(judge: Judge, prompts: Sequence[str], completions: Sequence[str]) -> list[Verdict]:

@@ -173,7 +173,7 @@ def early_decisions(judge: Judge, path: str | Path, step: int = 10, longest: int
 
 def read_labels(path: str | Path) -> list[LabelledCompletion]:
     """The labelled completions of a file, in its order. Raises JudgeError as `agreement` does."""
-    path = Path(path)
+    path = Path(path).expanduser()
     try:
         rows = [row for line, raw in _rows(path) if (row := _labelled(raw, f"{path}, line {line}")) is not None]
     except FileNotFoundError:
@@ -200,7 +200,7 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 if not first.startswith("#"):
                     break
                 comments += 1
-            reader = csv.DictReader(itertools.chain([first], file))
+            reader = csv.DictReader(itertools.chain([first], file), strict=True)
             try:
                 for row in reader:
                     yield reader.line_num + comments, dict(row)
@@ -212,7 +212,7 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise JudgeError(f"{path}, line {number} is not JSON: each line must be one JSON object.") from error
             if not isinstance(row, dict):
                 raise JudgeError(f"{path}, line {number} is not a JSON object: each line must be one JSON object.")

@@ -19,6 +19,7 @@ __all__ = ["context_length", "effective_thinking", "encode_chat", "left_pad", "r
 
 logger = logging.getLogger(__name__)
 
+_BROKEN = re.compile("[\ud800-\udfff]")  # bytes of a terminal or an argument that are not UTF-8
 # What a template, or transformers before it, raises over a chat that it does not take.
 _REFUSALS = (TemplateError, ValueError, IndexError, KeyError, TypeError)
 
@@ -59,6 +60,8 @@ def render_chat(
     elif thinking is not None:
         logger.debug("the chat template knows no thinking mode; thinking=%s is ignored", thinking)
     chat = [dict(message) for message in messages]
+    if any(_BROKEN.search(str(text)) for text in (system or "", *(message.get("content") for message in chat))):
+        raise ModelError("The chat holds bytes that are not UTF-8: write them as UTF-8.")
     if system and not (chat and chat[0]["role"] == "system"):
         chat = [{"role": "system", "content": system}, *chat]
     try:

@@ -65,7 +65,10 @@ class ElsteerAPI(ModelAPI):
         from elsteer.landscape import Landscape
         from elsteer.models import load
         from elsteer.run import key_of
+        from elsteer.steering.inputs import as_strength
 
+        given = model_args.get("strength")
+        steps = None if given is None else as_strength(given)
         self.landscape = Landscape.from_pretrained(str(model_args["landscape"]))
         asked = self.landscape.asked_with  # steering is fitted to where such a chat ends
         self.thinking: bool | None = model_args.get("thinking", asked.get("thinking"))
@@ -76,10 +79,7 @@ class ElsteerAPI(ModelAPI):
             dtype=model_args.get("dtype") or "auto",
             device=model_args.get("device"),
         )
-        strength = model_args.get("strength")
-        self.steering = self.landscape.attach(
-            self.model, None if strength is None else float(strength), tokenizer=self.tokenizer
-        )
+        self.steering = self.landscape.attach(self.model, steps, tokenizer=self.tokenizer)
         # Inspect's cache tells models apart by name, base_url and configuration: not by -M.
         rule, steered = self.landscape.rule.to_dict(), float(torch.as_tensor(self.steering.strength))
         self.base_url = key_of(

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import os
 import sys
+import weakref
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -32,6 +33,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from elsteer.errors import ElsteerError, SteeringError
 from elsteer.landscape import Landscape
 from elsteer.models import load, render_chat
+from elsteer.steering.inputs import as_strength
 
 __all__ = ["ElsteerLM", "main"]
 
@@ -40,7 +42,7 @@ Request = tuple[tuple[str, str] | None, list[int], list[int]]
 
 @register_model("elsteer")
 class ElsteerLM(HFLM):
-    """HFLM with a landscape attached for as long as it lives; `steering` is the handle.
+    """HFLM with a landscape attached for as long as it lives; `steering` is the handle, to detach it earlier.
 
     pretrained: what `elsteer.load` takes (hub id, folder, GGUF file) or a model that is loaded, then with its tokenizer.
     landscape: a folder, a hub id or a Landscape. strength: default the landscape's. device: cpu, cuda, cuda:1.
@@ -51,7 +53,7 @@ class ElsteerLM(HFLM):
     def __init__(
         self,
         pretrained: str | PreTrainedModel,
-        landscape: str | Landscape,
+        landscape: str | Landscape | None = None,
         strength: float | str | None = None,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
@@ -72,6 +74,9 @@ class ElsteerLM(HFLM):
             )
         if str(batch_size).startswith("auto"):
             raise SteeringError("The model elsteer needs a number for --batch_size: auto cannot be used.")
+        if landscape is None:
+            raise SteeringError("The model elsteer needs a landscape: give landscape=PATH in --model_args.")
+        steps = None if strength is None else as_strength(strength)
         read = landscape if isinstance(landscape, Landscape) else Landscape.from_pretrained(landscape)
         if isinstance(pretrained, str):
             revision = revision or read.fingerprint.revision_of(pretrained)
@@ -89,7 +94,9 @@ class ElsteerLM(HFLM):
             options["chat_template_args"] = {"enable_thinking": True, **(options.get("chat_template_args") or {})}
         super().__init__(pretrained=pretrained, tokenizer=tokenizer, batch_size=batch_size or 1, **options)
         self.landscape, self.system = read, asked.get("system")
-        self.steering = read.attach(pretrained, None if strength is None else float(strength), tokenizer=tokenizer)
+        self.steering = read.attach(pretrained, steps, tokenizer=tokenizer)
+        plain_again = weakref.finalize(self, self.steering.remove)  # a model of the caller's own
+        plain_again.atexit = False  # type: ignore[misc]
 
     @property
     def _plain(self) -> bool:

@@ -49,7 +49,7 @@ def read_prompts(
         rows = hub_rows(hub_id, config=config or None, split=split, revision=revision)
     else:
         name, stem = str(source), Path(source).stem
-        rows = file_rows(Path(source))
+        rows = file_rows(Path(source).expanduser())
     return prompts_from_rows(
         rows, name, harmful=harmful, prompt_column=prompt_column, harmful_column=harmful_column, source=stem
     )

@@ -97,15 +97,17 @@ def unknown_suite(name: str, known: Sequence[str] = tuple(SUITES)) -> str:
 
 def _parted(name: str) -> tuple[str, str]:
     """The suite or file and the family of attacks; the latter empty where there is none."""
+    if not name.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in name):
+        raise PromptError(f"The name {name!a} is not UTF-8: rename the file.")
     base, plus, family = name.rpartition("+")
-    parted = plus and base and re.fullmatch(r"[\w-]+", family) and not Path(name).exists()
+    parted = plus and base and re.fullmatch(r"[\w-]+", family) and not Path(name).expanduser().exists()
     return (base, family) if parted else (name, "")
 
 
 def _unattacked(name: str, folder: Path | None) -> list[Prompt]:
     if name in SUITES:
         return [prompt for part in SUITES[name].parts or (name,) for prompt in _load(SUITES[part], folder)]
-    if name.lower().endswith(SUFFIXES) or Path(name).is_file() or is_hub_id(name):
+    if name.lower().endswith(SUFFIXES) or Path(name).expanduser().is_file() or is_hub_id(name):
         return read_prompts(name)
     raise PromptError(unknown_suite(name))
 

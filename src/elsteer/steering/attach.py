@@ -29,11 +29,18 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from elsteer.decoding import STEERED
+from elsteer.decoding import STEERED, refuse_steered
 from elsteer.energy.context import prompt_context
 from elsteer.errors import SteeringError
 from elsteer.models import cache_given, cache_made, decoder_blocks, decoder_of
-from elsteer.steering.inputs import generation_is_plain, inferred_mask, left_padded, positions, refuse_options
+from elsteer.steering.inputs import (
+    as_strength,
+    generation_is_plain,
+    inferred_mask,
+    left_padded,
+    positions,
+    refuse_options,
+)
 
 __all__ = ["Move", "Steering"]
 
@@ -129,15 +136,8 @@ class Steering:
 
     @strength.setter
     def strength(self, value: Tensor | float) -> None:
-        values = torch.as_tensor(value, dtype=torch.float32)
-        if values.dim() > 1 or not bool(torch.isfinite(values).all()):
-            raise SteeringError(
-                "strength is one finite number, or a tensor with one finite number per row of the batch."
-            )
-        if bool((values < 0).any()):
-            raise SteeringError("strength must not be negative: that would be a step back, towards false refusals.")
-        self._strength: Tensor | float = values if values.dim() == 1 else float(values)
-        self._off = not bool(values.any())
+        self._strength: Tensor | float = as_strength(value)
+        self._off = not bool(torch.as_tensor(self._strength).any())
 
     def disable(self) -> None:
         """Let the plain model run, without detaching."""
@@ -208,10 +208,7 @@ class Steering:
             raise SteeringError(
                 f"The model has {len(self._blocks)} decoder blocks; there is no block {beyond[0]} to steer."
             )
-        if getattr(self._owner, STEERED, None) is not None:
-            raise SteeringError(
-                "This model is steered already: call .remove() on the first handle before attaching again."
-            )
+        refuse_steered(self._owner)
 
     def _register(self) -> None:
         setattr(self._owner, STEERED, self)

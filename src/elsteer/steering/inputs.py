@@ -22,6 +22,20 @@ _REFUSED = {
 }
 
 
+def as_strength(value: Tensor | float | str) -> Tensor | float:
+    """A number, or one per row of the batch, float32. Raises SteeringError for anything else, or what is negative."""
+    wanted = "strength is one finite number, or a tensor with one finite number per row of the batch"
+    try:
+        values = torch.as_tensor(float(value) if isinstance(value, str) else value, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise SteeringError(f"{wanted}, not {value!r}.") from error
+    if values.dim() > 1 or not bool(torch.isfinite(values).all()):
+        raise SteeringError(f"{wanted}.")
+    if bool((values < 0).any()):
+        raise SteeringError("strength must not be negative: that would be a step back, towards false refusals.")
+    return values if values.dim() == 1 else float(values)
+
+
 def positions(
     kwargs: dict[str, Any], rows: int, width: int, seen: int | None, device: torch.device
 ) -> tuple[Tensor, Tensor]:
