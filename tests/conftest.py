@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tiny import tiny_model, tiny_tokenizer
+
+hypothesis.settings.register_profile("any machine", deadline=None)  # how fast it is belongs in benchmarks/
+hypothesis.settings.load_profile("any machine")
 
 REAL = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
 
