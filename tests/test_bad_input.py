@@ -323,6 +323,8 @@ def test_a_full_disk_while_evaluating(here: Path, disk: Callable[[str], Path]) -
         (["fit", "m", "--seed", "one"], "'one' is not a valid integer"),
         (["fit", "m", "--training-width", "2"], "--training-width is 2: it must be greater than or equal to 4"),
         (["fit", "m", "--tuning-etas", "0.1,much"], "--tuning-etas is 'much': it must be a valid number"),
+        (["fit", "m", "--tuning-safety-margin", "nan"], "--tuning-safety-margin is nan: it must be a finite number"),
+        (["fit", "m", "--tuning-kl", "inf"], "--tuning-kl is inf: it must be a finite number"),
         (["fit", "m", "--limit", "3"], "--limit is 3: it must be greater than or equal to 16"),
         (["fit", "m", "--config", "nope.yaml"], "nope.yaml was not found"),
         (["fit", "m", "--judge", "api"], "A fit and a comparison ask too often for the judge api: choose classifier"),
