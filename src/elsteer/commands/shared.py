@@ -42,8 +42,9 @@ FILE = _File(path_type=Path)
 def run_folder_of(landscape: str) -> Path:
     """Where what is measured of a landscape goes by default: its run folder; runs/NAME where it lies elsewhere."""
     local = Path(landscape).expanduser()
-    local = local.resolve() if local.is_dir() else local
-    return local.parent if local.name == "landscape" and local.is_dir() else Path("runs") / local.name
+    if local.is_dir() and (local := local.resolve()).name == "landscape":
+        return local.parent
+    return Path("runs") / local.name
 
 
 def _debug(ctx: click.Context, _option: click.Parameter, value: bool) -> None:

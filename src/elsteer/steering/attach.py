@@ -254,7 +254,7 @@ class Steering:
                 mask = inferred_mask(self.model, ids, kwargs)
             if isinstance(mask, Tensor) and mask.dim() == 2:
                 kwargs, mask = left_padded(kwargs, mask)
-            ended = mask if isinstance(mask, Tensor) and mask.dim() == 2 else ids
+            ended = mask if _two_dimensional(mask) else ids
             end = 0 if ended is None else ended.shape[1] - 1  # 0: generation from the begin token alone
             cache = cache_given(kwargs)
             held = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
