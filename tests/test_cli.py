@@ -183,7 +183,7 @@ def test_without_prompts_the_starter_prompts_are_taken(here: Path, tmp_path: Pat
     assert (tmp_path / "landscape").is_dir()
     rows = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
     assert {row["source"].partition("+")[0] for row in rows} == {"starter"}  # some of them under attack
-    assert {row["split"] for row in rows} == {"train", "dev"}
+    assert {row["split"] for row in rows} == {"train", "dev", "neutral"}
     assert "Dev prompts: " in result.stderr
 
 
