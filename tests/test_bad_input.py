@@ -516,3 +516,53 @@ def test_two_models_of_one_name_do_not_share_a_default_folder(
     assert (tmp_path / "runs/same/completions.jsonl").read_bytes() == kept
     again = elsteer("fit", tmp_path / "a/same", *prompts, *FAST, "--no-thinking")
     assert again.exit_code == 0, "another setting of the same model is none of another one"
+
+
+def test_a_folder_named_by_hand_does_not_lose_the_fit_of_another_model_either(here: Path) -> None:
+    kept = (here / "run/completions.jsonl").read_bytes()
+    said = one_sentence(elsteer("fit", here / "deeper", *_both(here)[1:], *FAST, "--run-dir", here / "run"))
+    assert "holds a fit of another model" in said
+    said = one_sentence(elsteer("demo", "--model", here / "deeper", "--run-dir", here / "run"))
+    assert "holds a fit of another model" in said
+    assert (here / "run/completions.jsonl").read_bytes() == kept
+
+
+@pytest.mark.parametrize("theirs", ["prompts.jsonl", "dev.jsonl", "states", "landscape"])
+def test_a_fit_does_not_take_a_folder_of_files_of_one_s_own(here: Path, tmp_path: Path, theirs: str) -> None:
+    if theirs.endswith("jsonl"):
+        (tmp_path / theirs).write_text("mine\n")
+    else:
+        (tmp_path / theirs).mkdir()
+        (tmp_path / theirs / "mine").write_text("mine\n")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    said = one_sentence(elsteer("fit", *_both(here), *FAST, "--run-dir", tmp_path))
+    assert f"no folder of an earlier run, and its {theirs} would be lost: give another folder" in said
+    assert {
+        path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"
+    } == before
+
+
+def test_an_evaluation_does_not_write_over_a_report_of_one_s_own(here: Path, tmp_path: Path) -> None:
+    (tmp_path / "report.html").write_text("mine")
+    words = ["evaluate", here / "run/landscape", "--suite", here / "mine.jsonl", "--run-dir", tmp_path]
+    assert "its report.html would be lost" in one_sentence(elsteer(*words))
+    assert (tmp_path / "report.html").read_text() == "mine"
+
+
+def test_the_default_folder_of_another_landscape_is_left_alone(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(here / "run/landscape", tmp_path / "elsewhere/run")
+    shutil.copytree(here / "run", tmp_path / "runs/run")
+    words = ["evaluate", "elsewhere/run", "--suite", here / "mine.jsonl", "--judge", "coin", "--no-quality"]
+    found = elsteer(*words)
+    assert found.exit_code == 0, found.stderr  # the same one
+    other = Landscape.from_pretrained(here / "run/landscape")
+    layer = other.rule.layers[0]
+    other.tensors[layer] = {name: 2 * tensor for name, tensor in other.tensors[layer].items()}
+    shutil.rmtree(tmp_path / "runs/run/landscape")
+    other.save_pretrained(tmp_path / "runs/run/landscape")
+    for command in (words, ["capability", "elsewhere/run", "--task", "facts"]):
+        said = one_sentence(elsteer(*command))
+        assert "runs/run is the run folder of another landscape: give a folder of its own" in said

@@ -136,7 +136,6 @@ def _evaluate(
     run_dir: Path,
     progress: Progress | None,
 ) -> Evaluation:
-    frontier = run_dir / "frontier.png"
     return evaluate(
         model,
         tokenizer,
@@ -147,7 +146,6 @@ def _evaluate(
         max_new_tokens=24,
         quality_prompts=24,
         quality_tokens=32,
-        frontier_png=frontier.read_bytes() if frontier.exists() else None,
         progress=progress,
         command="elsteer demo",
     )

@@ -65,6 +65,11 @@ __all__ = ["check_model", "collect", "fit", "neutral_prompts"]
 logger = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
 DEV_NEUTRAL_CATEGORY = "plain"
+_MARKS = ("stages.json", "model.json")  # of a folder of ours
+_FILES = (
+    *("prompts.jsonl", "settings.yaml", "completions.jsonl", "glimpses.jsonl", "states", "dev.jsonl", "dev_states"),
+    *("energy", "frontier.jsonl", *RESULT),
+)
 _THOUGHTS = ("<think", "<|channel", "<seed:think", "[THINK]", "analysis")  # of answers, special tokens left out or not
 _NEUTRAL_AT_MOST = 100  # what the plain model says of each token is kept of all of them
 _KEEP_BYTES = 4 << 30  # of the caches of dev and neutral prompts
@@ -181,6 +186,8 @@ def _collected(
 ) -> _Collected:
     """fitted: whether energies are to be trained and tuned on it."""
     # What can be wrong with the prompts or the judge's name is said before anything is deleted or computed.
+    run.refuse_others(_FILES, _MARKS)
+    check_model(run.path, model, tokenizer, settings)
     refuse_steered(decoder_of(model))
     judge = judge_of_fit(settings.collect.judge)
     _check_template(tokenizer, prompts, settings)
@@ -324,7 +331,7 @@ def check_model(
     # Another template or thinking mode of the same model is a setting that was changed.
     if differences(replace(known, template_sha256=now.template_sha256, thinking=now.thinking), now):
         raise RunError(
-            f"{run_dir} holds a fit of another model ({known.name}): give a folder of its own with --run-dir."
+            f"{run_dir} holds a fit of another model ({known.name}): give a folder of its own with --run-dir, or delete it."
         )
 
 
@@ -353,6 +360,11 @@ def _collect(
 ) -> list[Completion]:
     """looked: the blocks whose values are kept with the states."""
     collect = settings.collect
+    if (run / "completions.jsonl").exists() and run.stages().get("collect", key) != key:
+        logger.warning(
+            "%s was answered with another dtype or other settings (or an earlier version), and all is made anew.",
+            run.path,
+        )
     run.stage("collect", key, ["completions.jsonl", "glimpses.jsonl", "states", "dev.jsonl", "dev_states", *RESULT])
     try:
         return complete(

@@ -8,7 +8,7 @@ import logging
 import math
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Self
@@ -29,7 +29,7 @@ from elsteer.steering.methods import METHODS
 from elsteer.steering.methods.els import els
 from elsteer.steering.rule import SteeringRule
 
-__all__ = ["Landscape", "SteeringRule"]
+__all__ = ["Landscape", "SteeringRule", "holds"]
 
 logger = logging.getLogger(__name__)
 
@@ -273,6 +273,18 @@ class Landscape:
             return landscape_hub.upload(
                 Path(folder) / "landscape", repo_id, private=private, token=token, message=commit_message
             )
+
+
+def holds(run_dir: Path, landscapes: Iterable[Landscape]) -> bool:
+    """Whether the landscape of the run folder is one of `landscapes`, by its energies."""
+    folder = (run_dir / "landscape").resolve()
+    if not folder.is_dir():
+        return False
+    try:
+        found = Landscape.from_pretrained(folder).digest()
+    except LandscapeError:
+        return False
+    return found in [one.digest() for one in landscapes]
 
 
 def _differences(ours: Fingerprint, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> list[str]:

@@ -15,7 +15,7 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,15 @@ class RunFolder:
             yield
         finally:
             lock.release()
+
+    def refuse_others(self, names: Iterable[str], marks: Iterable[str]) -> None:
+        """Raise RunError where one of the files or folders `names` is there and none of `marks`, so that it is not ours."""
+        if any((self.path / name).exists() for name in marks):
+            return
+        if theirs := [name for name in names if (self.path / name).exists()]:
+            raise RunError(
+                f"{self.path} is no folder of an earlier run, and its {theirs[0]} would be lost: give another folder."
+            )
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:

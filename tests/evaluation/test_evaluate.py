@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import io
 import json
@@ -123,12 +124,21 @@ def test_prompts_that_were_fitted_or_tuned_on_are_told(
     known = [{**PROMPTS[0].to_row(), "split": "train"}, {**PROMPTS[1].to_row(), "split": "dev"}]
     other = {**Prompt.of("Name a river.", harmful=False).to_row(), "split": "dev"}
     (run / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*known, other]))
-    (run / "settings.yaml").touch()
+    landscape.save_pretrained(run / "landscape")
+    (run / "stages.json").write_text("{}")
+    (run / "frontier.png").write_bytes(b"a picture of the fit")
     found = evaluated(tiny, [landscape], [suite], run, quality=False)
     words = "2 of the prompts were fitted or tuned on, so these figures say little of others."
     assert found.sentence.endswith(words)
     assert words in found.report.read_text(encoding="utf-8")
-    assert words not in evaluated(tiny, [landscape], [suite], tmp_path / "other", quality=False).sentence
+    picture = base64.b64encode(b"a picture of the fit").decode()
+    assert picture in found.report.read_text(encoding="utf-8")
+    other_run = evaluated(tiny, [landscape], [suite], tmp_path / "other", quality=False)
+    landscape.with_rule(layers=landscape.rule.layers[:1]).save_pretrained(run / "landscape")
+    other_fit = evaluated(tiny, [landscape], [suite], run, quality=False)
+    for one in (other_run, other_fit):
+        assert words not in one.sentence
+        assert picture not in one.report.read_text(encoding="utf-8")
 
 
 def test_prompts_of_one_s_own_in_the_folder_are_not_a_fit_s(tiny: Tiny, landscape: Landscape, tmp_path: Path) -> None:

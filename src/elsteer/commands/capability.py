@@ -84,7 +84,7 @@ def capability(
             found = load_choices(task, data_dir=data_dir, limit=limit, seed=seed)
             note(f"{BENCHMARKS[task].title}: {len(found)} questions")
     read = read_landscape(landscape)
-    folder = out or run_folder_of(landscape)
+    folder = out or run_folder_of(landscape, read)
     invocation().kept = folder
     llm, tokenizer = load_for(read, model, **loading)
     from elsteer.evaluation.capability import capability as run

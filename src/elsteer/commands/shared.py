@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from elsteer.console import invocation, note, quiet
+from elsteer.errors import RunError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -39,12 +40,20 @@ class _File(click.Path):
 FILE = _File(path_type=Path)
 
 
-def run_folder_of(landscape: str) -> Path:
-    """Where what is measured of a landscape goes by default: its run folder; runs/NAME where it lies elsewhere."""
-    local = Path(landscape).expanduser()
+def run_folder_of(name: str, landscape: Landscape) -> Path:
+    """Where what is measured of the landscape goes by default: its run folder; runs/NAME where it lies elsewhere.
+
+    Raises RunError where that folder holds another one.
+    """
+    from elsteer.landscape import holds
+
+    local = Path(name).expanduser()
     if local.is_dir() and (local := local.resolve()).name == "landscape":
         return local.parent
-    return Path("runs") / local.name
+    folder = Path("runs") / local.name
+    if (folder / "landscape").exists() and not holds(folder, [landscape]):
+        raise RunError(f"{folder} is the run folder of another landscape: give a folder of its own.")
+    return folder
 
 
 def _debug(ctx: click.Context, _option: click.Parameter, value: bool) -> None:

@@ -137,11 +137,8 @@ def fit(
         chat_template=chat_template,
         blocks=blocks,
     )
-    from elsteer.fitting import check_model
     from elsteer.fitting import fit as run
 
-    if run_dir is None:  # models of different owners may have one name
-        check_model(folder, llm, tokenizer, settings)
     with ProgressBars() as progress:
         found = run(
             llm,
@@ -251,12 +248,11 @@ def evaluate(
     if strength is not None:
         found = found.with_rule(strength=strength)
     controls = [found.with_method(name) for name in methods]
-    folder = run_dir or run_folder_of(landscape)
+    folder = run_dir or run_folder_of(landscape, found)
     invocation().kept = folder
     llm, tokenizer = load_for(found, model, **loading)
     from elsteer.evaluation.evaluate import evaluate as run
 
-    frontier = folder / "frontier.png"
     with ProgressBars() as progress:
         result = run(
             llm,
@@ -273,7 +269,6 @@ def evaluate(
             quality=quality,
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
-            frontier_png=frontier.read_bytes() if frontier.is_file() else None,
             progress=progress,
             command=invocation().command,
         )

@@ -33,7 +33,7 @@ from elsteer.evaluation.statistics import Interval, JudgeAccuracy, mean_bootstra
 from elsteer.evaluation.tables import Comparison, compare_all, percent
 from elsteer.files import append_jsonl, read_json, read_jsonl, write_atomic, write_json
 from elsteer.judges import Judge, get_judge, outcome_of, require_harm
-from elsteer.landscape import Landscape
+from elsteer.landscape import Landscape, holds
 from elsteer.models import decoder_blocks
 from elsteer.prompts import Prompt, check_apart, load_suite, suite_name
 from elsteer.run import RunFolder, key_of, told_apart, without_nan
@@ -64,8 +64,8 @@ class Evaluation:
 
     rows: as in `elsteer.evaluation.tables`; tables: method to its tables ("total", "suite", "source", "category").
     answers: method to prompt id to full-length answer; quality_of: the first landscape's. seconds: by stage. report: report.html.
-    judge_accuracy: what the corrected rates rest on, the first. harm: by method, where it was asked for. seen: prompts that the
-    fit in the same run folder was fitted or tuned on.
+    judge_accuracy: what the corrected rates rest on, the first. harm: by method, where it was asked for. seen: prompts that
+    one of the landscapes was fitted or tuned on, where its fit is in the run folder.
     """
 
     rows: list[dict[str, Any]]
@@ -119,7 +119,6 @@ def evaluate(
     quality_tokens: int = 64,
     max_new_tokens: int = 48,
     batch_size: int = 64,
-    frontier_png: bytes | None = None,
     progress: Progress | None = None,
     command: str = "",
     split: str = "test",
@@ -141,6 +140,7 @@ def evaluate(
         raise PromptError("Give at least one suite to evaluate on, such as 'starter', or a file of prompts.")
     names = [suite_name(name) for name in suites]
     check_apart(names)
+    run.refuse_others(("report.html", "before_after.png"), ("evaluation", "stages.json"))
     with run.owned():
         judging = get_judge(judge)
         if harm:
@@ -170,7 +170,7 @@ def evaluate(
         main = dict([next(iter(landscapes.items()))])
         measured = work.measure_quality(main, quality_prompts, quality_tokens) if quality else {}
         harms = {name: work.measure_harm(name, one) for name, one in landscapes.items()} if harm else {}
-        return work.report(landscapes, measured, accuracy, harms, command, split, list(suites), frontier_png)
+        return work.report(landscapes, measured, accuracy, harms, command, split, list(suites))
 
 
 def _named(methods: Sequence[Method] | Mapping[str, Landscape]) -> dict[str, Landscape]:
@@ -381,10 +381,9 @@ class _Work:
         return found
 
     def _seen(self) -> int:
-        """How many of the prompts the fit in this run folder, if there is one, was fitted or tuned on."""
+        """How many of the prompts the fit in this run folder was fitted or tuned on."""
         path = self.run / "prompts.jsonl"
-        of_a_fit = (self.run / "settings.yaml").exists() and path.exists()  # else the file is somebody's own
-        rows = read_jsonl(path) if of_a_fit else []
+        rows = read_jsonl(path) if path.exists() else []
         fitted = {row["messages"][-1]["content"] for row in rows}
         return len({row["prompt"] for row in self.rows} & fitted)
 
@@ -397,9 +396,9 @@ class _Work:
         command: str,
         split: str,
         suites: list[str],
-        frontier_png: bytes | None,
     ) -> Evaluation:
-        seen = self._seen()
+        fitted, frontier = holds(self.run.path, landscapes.values()), self.run / "frontier.png"
+        seen = self._seen() if fitted else 0
         corrects = accuracy[0] if accuracy else None
         tables = {name: compare_all(self.rows, name, judge=corrects, seed=self.seed) for name in landscapes}
         main = next(iter(landscapes))
@@ -427,7 +426,7 @@ class _Work:
                 landscape={name: str(value) for name, value in landscapes[main].rule.to_dict().items()},
                 quality=_quality_words(measured.get(main)) | _harm_words(harms.get(main)),
                 before_after_png=before_after,
-                frontier_png=frontier_png,
+                frontier_png=frontier.read_bytes() if fitted and frontier.is_file() else None,
                 landscape_pngs=pictures,
                 examples=examples,
                 warnings=_seen_words(seen),
