@@ -13,6 +13,16 @@ PIP := $(PY) -m pip --disable-pip-version-check --quiet
 ARGS ?=
 
 .DEFAULT_GOAL := help
+.NOTPARALLEL:  # what is installed for the demo and for the tests goes into one .venv
+
+# A stamp holds the folder that elsteer was installed from: in one that was copied or moved, it would still run the other's code.
+_ := $(shell for stamp in .venv/.installed .venv/.installed-dev; do \
+  if [ -s $$stamp ] && [ "$$(cat $$stamp)" != "$(CURDIR)" ]; then rm -f $$stamp; fi; done)
+ifneq ($(filter-out help clean,$(MAKECMDGOALS)),)
+  ifneq ($(shell if [ -e .venv/bin/pip ] && ! $(PY) -c "" >/dev/null 2>&1; then echo gone; fi),)
+    $(error The Python that .venv was made with is gone: run make clean, and then this again)
+  endif
+endif
 .PHONY: help demo test lint format bench clean
 
 help:
@@ -68,13 +78,13 @@ clean:
 	@$(install-torch)
 	@echo "Installing elsteer"
 	@$(PIP) install --editable .
-	@touch $@
+	@echo "$(CURDIR)" > $@
 
 .venv/.installed-dev: pyproject.toml | .venv/bin/pip
 	@$(install-torch)
 	@echo "Installing elsteer and what its tests need"
 	@$(PIP) install --editable '.[dev]'
-	@touch .venv/.installed $@
+	@echo "$(CURDIR)" | tee .venv/.installed > $@
 
 define install-torch
 if ! $(PY) -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)'; then \
