@@ -15,8 +15,9 @@ import pytest
 import yaml
 
 from commands import FAST, CoinJudge, elsteer, one_sentence, save_tiny, started, write_prompts
+from elsteer import show
 from elsteer.cli import app
-from elsteer.console import ProgressBars, screen
+from elsteer.console import ProgressBars, note, screen
 from elsteer.judges import JUDGES, Verdict
 from elsteer.landscape import Landscape
 from elsteer.models.chat import template_hash
@@ -383,6 +384,40 @@ def test_inspect_needs_no_model(tmp_path: Path) -> None:
     assert result.stdout.splitlines()[-1] == f"Read from {tmp_path / 'landscape'}; nothing was written."
 
 
+def test_a_landscape_of_somebody_else_does_not_command_the_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does an answer of a model: all that is shown goes this way."""
+    landscape = tiny_landscape()
+    landscape.provenance["dataset\x1b[1m"] = "mine\x1b[2J\x9b2J\rgone"
+    console = screen()
+    console._force_terminal, console.no_color = True, True
+    show.landscape(landscape, console)
+    said = capsys.readouterr().out
+    assert "mine[2J2Jgone" in said
+    assert not {"\x9b", "\r"} & set(said)
+    assert "\x1b[2J" not in said
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    note("Error: \x1b[2J\tis\nno name.")
+    assert capsys.readouterr().err == "Error: [2J\tis\nno name.\n"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_an_output_that_cannot_write_a_letter_shows_a_sign_for_it(tmp_path: Path, encoding: str) -> None:
+    landscape = tiny_landscape()
+    landscape.provenance["dataset"] = "\u4e2d \u2026 \u0142"
+    landscape.save_pretrained(tmp_path / "landscape")
+    found = subprocess.run(
+        [sys.executable, "-m", "elsteer", "inspect", str(tmp_path / "landscape")],
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        capture_output=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr
+    assert b"dataset" in found.stdout
+    assert b"? " in found.stdout
+
+
 def test_inspect_says_when_nothing_helped(tmp_path: Path) -> None:
     tiny_landscape().with_rule(strength=0.0).save_pretrained(tmp_path / "landscape")
     assert (
@@ -495,6 +530,18 @@ def test_without_a_terminal_progress_is_a_few_plain_lines(capsys: pytest.Capture
         progress("read again", 7, 7)
     lines = capsys.readouterr().err.splitlines()
     assert lines == ["answering: 0 of 1000", "answering: 1000 of 1000, 0:00 so far", "read again: 7 of 7"]
+
+
+def test_a_terminal_that_cannot_draw_gets_lines_too(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    console = screen(stderr=True)
+    console._force_terminal = True
+    with ProgressBars(console) as progress:
+        progress("answering", 0, 3)
+        progress("answering", 3, 3)
+    assert capsys.readouterr().err.splitlines() == ["answering: 0 of 3", "answering: 3 of 3, 0:00 so far"]
 
 
 def test_on_a_terminal_a_stage_that_begins_again_keeps_its_one_bar(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import sys
+
 import click
 
 from elsteer import __version__
@@ -40,4 +43,7 @@ for command in (demo, fit, evaluate, compare, capability, inspect, chat, push, m
 def main() -> None:
     """The entry point of the command."""
     keep_freed_memory()
+    for stream in (sys.stdout, sys.stderr):  # where it cannot write a letter, a sign stands for it
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     app()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import shlex
 import signal
 import sys
@@ -17,7 +18,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 import click
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -35,6 +36,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.segment import Segment
 
 from elsteer.errors import ElsteerError
 
@@ -43,17 +45,29 @@ __all__ = ["Application", "Invocation", "ProgressBars", "invocation", "note", "q
 STOPPED = 130
 _DEFECT = 1
 _PIPE_CLOSED = 141  # as of a program that SIGPIPE ends
+_OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # control characters but tabs and newlines
 _LINE_EVERY = 5.0  # seconds between two lines about one stage where there is no terminal
 
 
 def screen(*, stderr: bool = False) -> Console:
-    """A rich console that takes no number or path of a user's text for markup."""
-    return Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+    """A rich console that takes no number or path of a user's text for markup, and lets no text command the terminal."""
+    return _Screen(stderr=stderr, highlight=False, markup=False, emoji=False)
+
+
+class _Screen(Console):
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for one in super().render(renderable, options):
+            yield one if one.control or not self.is_terminal else one._replace(text=_printable(one.text))
+
+
+def _printable(text: str) -> str:
+    """Without what clears a screen or colours it: models and other people's landscapes may say such things."""
+    return _OBEYED.sub("", text)
 
 
 def note(text: str) -> None:
     """A line on stderr about what is going on."""
-    click.echo(text, err=True)
+    click.echo(_printable(text) if sys.stderr.isatty() else text, err=True)
 
 
 @dataclass
@@ -216,7 +230,7 @@ class ProgressBars:
         """Show that `done` of `total` are done in `stage`."""
         if total == 0:
             return
-        if self.console.is_terminal:
+        if self.console.is_terminal and not self.console.is_dumb_terminal:
             self._bar(stage, done, total)
         else:
             self._line(stage, done, total)
