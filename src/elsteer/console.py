@@ -1,7 +1,8 @@
 """How the command speaks: one sentence per error, progress with the time left, no noise of the libraries below it.
 
 Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 a defect of elsteer, 2 something that the user can
-mend, 3 no setting helps (see `NothingHelps`), 130 stopped with Ctrl-C.
+mend, 3 no setting helps (see `NothingHelps`), 130 stopped with Ctrl-C,
+141 the reader of its output went away.
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ Fit on the train split, tune on dev, report on test. Everything lies in the run 
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from elsteer.errors import NothingHelps, PromptError, RunError
 from elsteer.evaluation.evaluate import Evaluation, evaluate
 from elsteer.evaluation.overhead import decode_times, time_ratio
 from elsteer.evaluation.statistics import Interval
-from elsteer.files import write_json
+from elsteer.files import read_json, write_json
 from elsteer.fitting import fit
 from elsteer.landscape import Landscape
 from elsteer.models import effective_thinking, left_pad, load
@@ -182,10 +181,9 @@ def _overhead(
 ) -> Interval:
     path = run_dir / "evaluation" / "overhead.json"
     key = key_of(landscape.rule.to_dict(), landscape.digest(), str(model.dtype), landscape.fingerprint.to_dict())
-    if path.exists():
-        told = json.loads(path.read_text(encoding="utf-8"))
-        if told.get("key") == key:
-            return Interval(told["value"], told["low"], told["high"], told["n"])
+    told = read_json(path)
+    if isinstance(told, dict) and told.get("key") == key:
+        return Interval(told["value"], told["low"], told["high"], told["n"])
     found = decode_overhead(
         model,
         tokenizer,

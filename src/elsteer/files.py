@@ -56,6 +56,14 @@ def write_json(path: Path, value: Any) -> None:
     )
 
 
+def read_json(path: Path) -> Any:
+    """What the JSON file `path` holds; None where there is none, or it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write all `rows`, one JSON object a line, atomically."""
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -24,7 +24,7 @@ import elsteer
 from elsteer.completions import Completion, PromptCaches, bytes_per_token, complete
 from elsteer.decoding import PromptBatch, refuse_steered
 from elsteer.energy.refine import SteeredProducts, refine
-from elsteer.errors import NothingHelps, PromptError, RunError, SteeringError
+from elsteer.errors import ModelError, NothingHelps, PromptError, RunError, SteeringError
 from elsteer.evaluation.plots import frontier_picture
 from elsteer.files import write_atomic, write_json, write_jsonl
 from elsteer.glimpse import FirstTokenJudge
@@ -54,7 +54,7 @@ from elsteer.prompts import (
     with_attacks,
     without_near_duplicates,
 )
-from elsteer.run import RunFolder, key_of, of_stage, told_apart
+from elsteer.run import RESULT, RunFolder, key_of, of_stage, told_apart
 from elsteer.settings import FitSettings
 from elsteer.states import StateStore
 from elsteer.training import Energies, check_gates, check_start, context_blocks, is_refined, refine_band, train_energies
@@ -65,10 +65,6 @@ __all__ = ["check_model", "collect", "fit", "neutral_prompts"]
 logger = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
 DEV_NEUTRAL_CATEGORY = "plain"
-_RESULT = (
-    "landscape",
-    "frontier.png",
-)  # rest on all stages: where one is done anew, the old ones must not stand for it
 _THOUGHTS = ("<think", "<|channel", "<seed:think", "[THINK]", "analysis")  # of answers, special tokens left out or not
 _NEUTRAL_AT_MOST = 100  # what the plain model says of each token is kept of all of them
 _KEEP_BYTES = 4 << 30  # of the caches of dev and neutral prompts
@@ -97,9 +93,9 @@ def fit(
     direction, need and length of the steps are trained on with `prompts`, of which a few thousand do.
     progress(stage, done, total) is called as work goes on. Started again, `fit` goes on where it was.
 
-    Raises PromptError, RunError (nothing to learn, folder in use, disk full, no landscape to start from), LandscapeError
-    (`start` is of another model) and NothingHelps: no setting removed false refusals without harm; the landscape was saved
-    with strength 0.
+    Raises PromptError, RunError (nothing to learn, folder in use, disk full, no landscape to start from), JudgeError,
+    SteeringError (the model is steered), LandscapeError (`start` is of another model) and NothingHelps: no setting removed
+    false refusals without harm; the landscape was saved with strength 0.
     """
     settings = settings or FitSettings()
     run = RunFolder(run_dir)
@@ -210,7 +206,7 @@ def _collected(
     key = key_of(same, asked, str(model.dtype), looked)
     run.renamed("collect", key_of(print_of.to_dict(), settings.collect.model_dump(), str(model.dtype), looked), key)
     _check_disk(run, model, train_caches, dev_caches, settings, looked, copies=fitted)
-    _write_inputs(run, settings, train_set, dev_set, print_of)
+    _write_inputs(run, settings, {"train": train_set, "dev": dev_set, "neutral": quiet}, print_of)
     answered = _collect(run, train_caches, settings, key, looked, progress)
     _check_answers(answered)
     plain = _dev(run, dev_caches, settings, progress)
@@ -320,7 +316,10 @@ def check_model(
     path = run_dir / "model.json"
     if not path.is_file():
         return
-    known = Fingerprint.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    try:
+        known = Fingerprint.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, ModelError) as error:
+        raise RunError(f"{path} is damaged: delete it, and the fit will be checked and gone on with.") from error
     now = fingerprint(model, tokenizer, thinking=settings.collect.thinking)
     # Another template or thinking mode of the same model is a setting that was changed.
     if differences(replace(known, template_sha256=now.template_sha256, thinking=now.thinking), now):
@@ -330,12 +329,17 @@ def check_model(
 
 
 def _write_inputs(
-    run: RunFolder, settings: FitSettings, train_set: list[Prompt], dev_set: list[Prompt], print_of: Fingerprint
+    run: RunFolder, settings: FitSettings, prompts: dict[str, list[Prompt]], print_of: Fingerprint
 ) -> None:
+    """prompts: by split."""
     write_json(run / "model.json", print_of.to_dict())
     text = yaml.safe_dump(json.loads(settings.model_dump_json()), sort_keys=False)
-    write_atomic(run / "settings.yaml", lambda to: to.write_text(text, encoding="utf-8"))
-    rows = [{**one.to_row(), "split": name} for name, part in (("train", train_set), ("dev", dev_set)) for one in part]
+    path = run / "settings.yaml"
+    if path.is_file() and path.read_text(encoding="utf-8") != text:  # stopped from here on, the folder has no result
+        for name in RESULT:
+            run.remove(name)
+    write_atomic(path, lambda to: to.write_text(text, encoding="utf-8"))
+    rows = [{**one.to_row(), "split": name} for name, part in prompts.items() for one in part]
     write_jsonl(run / "prompts.jsonl", rows)
 
 
@@ -349,7 +353,7 @@ def _collect(
 ) -> list[Completion]:
     """looked: the blocks whose values are kept with the states."""
     collect = settings.collect
-    run.stage("collect", key, ["completions.jsonl", "glimpses.jsonl", "states", "dev.jsonl", "dev_states", *_RESULT])
+    run.stage("collect", key, ["completions.jsonl", "glimpses.jsonl", "states", "dev.jsonl", "dev_states", *RESULT])
     try:
         return complete(
             caches,
@@ -382,7 +386,7 @@ def _check_disk(
     """Raises RunError where the disk has less room than the states and, for training, copies of some of them take."""
     copies = copies and not any((run / "energy").glob("*/training.json"))
     layers = num_layers(model)
-    state, band = 4 * hidden_size(model), 0 if looked is None else len(refine_band(settings, layers))
+    state, band = 4 * hidden_size(model), len(refine_band(settings, layers)) if is_refined(settings) else 0
     rows = settings.collect.state_tokens * len(train.ids) + len(dev.ids)
     read = (
         0 if looked is None else sum(map(len, train.ids)) * bytes_per_token(model) * (looked[1] - looked[0]) // layers
@@ -594,19 +598,20 @@ def _tune(
     # Other settings to try leave the trials of those before. The words: how the bounds in the rows are reckoned.
     asked = [one.id for one in neutral.prompts], [one.source for one in caches.prompts]
     key = key_of(train_key, labels, *asked, settings.tuning.measuring(), "Sidak of all, quality spread")
-    run.stage("tune", key, ["frontier.jsonl", *_RESULT])
+    run.stage("tune", key, ["frontier.jsonl", *RESULT])
     good = [
         prompt.id
         for prompt, one in zip(caches.prompts, plain, strict=True)
         if str(outcome_of(prompt.harmful, one.label)) in DESIRABLE  # type: ignore[arg-type, operator]
     ]
+    gated = any(gate is not None for gate in settings.tuning.gates)
     tuner = Tuner(
         bases,
         caches,
         plain,
         neutral,
         judge_of_fit(settings.collect.judge),
-        StateStore(run / "dev_states").read(good, tokens=1)[0][:, 0],
+        StateStore(run / "dev_states").read(good, tokens=1)[0][:, 0] if gated else None,
         settings.tuning,
         run / "frontier.jsonl",
         progress,

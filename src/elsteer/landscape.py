@@ -145,7 +145,7 @@ class Landscape:
     def energy(self, layer: int, states: Tensor, context: Tensor | None = None) -> Tensor:
         """Energies (n,) of states (n, d) of `layer`, in float32 on their device.
 
-        context: (n, k, e) of `elsteer.energy.context`, for energies that read one; the average one by default.
+        context: (n, H, C) of `elsteer.energy.context`, for energies that read one; the average one by default.
         """
         return self.descent(layer).to(states.device).energy(states, context)
 

@@ -119,8 +119,8 @@ def _is_landscape(path: Path) -> bool:
 def read_folder(path: Path, name: str | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(config, tensors in float32) of a landscape's folder; name: what errors call it, default `path`.
 
-    Checks the format's version, the size and SHA-256 of the tensors, their shapes and that all numbers are finite. Raises
-    LandscapeError.
+    Checks the format's version, and the size and SHA-256 of the tensors; `elsteer.energy.tensors` checks what they are.
+    Raises LandscapeError.
     """
     name, path = name or str(path), Path(path)
     if not path.exists() and _previous(path).is_dir():

@@ -126,6 +126,8 @@ def read_settings(settings: type[Settings], config: Path | None) -> Settings:
     """
     ctx = click.get_current_context()
     values = {} if config is None else _read_yaml(config)
+    # `training:` with nothing below it is a heading without settings.
+    values = {name: value for name, value in values.items() if value is not None or not _is_section(settings, name)}
     flags: dict[tuple[str, ...], str] = {}
     for parameter in ctx.command.params:
         if isinstance(parameter, SettingOption) and (value := ctx.params.get(parameter.name or "")) is not None:
@@ -135,6 +137,11 @@ def read_settings(settings: type[Settings], config: Path | None) -> Settings:
         return settings.model_validate(values)
     except ValidationError as error:
         raise click.UsageError(_sentence(error, flags, config)) from error
+
+
+def _is_section(settings: type[Settings], name: str) -> bool:
+    field = settings.model_fields.get(name)
+    return field is not None and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
 
 
 def _put(values: dict[str, Any], field: tuple[str, ...], value: Any, config: Path | None) -> None:
@@ -166,8 +173,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(found, dict):
         raise click.UsageError(f"{path} must hold settings as `name: value` lines.")
-    # `training:` with nothing below it is a heading without settings.
-    return {str(key): value for key, value in found.items() if value is not None}
+    return {str(key): value for key, value in found.items()}
 
 
 def _sentence(error: ValidationError, flags: Mapping[tuple[str, ...], str], config: Path | None) -> str:

@@ -1,7 +1,7 @@
 """The run folder: plain files, one owner at a time, and stages that are done again only when what they rest on changed.
 
-    settings.yaml  prompts.jsonl  completions.jsonl  states/*.safetensors  energy/  dev.jsonl  frontier.jsonl
-    landscape/  evaluation/*.jsonl  report.html  stages.json
+    settings.yaml  prompts.jsonl  model.json  completions.jsonl  glimpses.jsonl  states/*.safetensors  dev_states/  energy/
+    dev.jsonl  frontier.jsonl  frontier.png  landscape/  evaluation/*.jsonl  report.html  compare/  capability/  stages.json
 
 stages.json holds, for each stage, a key: a hash of the settings and inputs that it depends on, the keys of the stages
 before it included. A stage whose key changed loses its files, and so do those after it, since their keys change too.
@@ -23,10 +23,14 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from elsteer.errors import RunError
-from elsteer.files import write_json
+from elsteer.files import read_jsonl, write_json
 from elsteer.prompts import Prompt
 
-__all__ = ["RunFolder", "key_of", "of_stage", "told_apart", "without_nan"]
+__all__ = ["RESULT", "RunFolder", "key_of", "of_stage", "told_apart", "without_nan"]
+
+
+# Rests on all stages: where one is done anew, the old ones must not stand for it.
+RESULT = ("landscape", "frontier.png")
 
 
 def key_of(*parts: Any) -> str:
@@ -119,6 +123,14 @@ class RunFolder:
             except (Timeout, OSError):  # another command's, or not ours to delete
                 continue
 
+    def prompts(self, split: str) -> list[Prompt]:
+        """Those of a fit's `split`: "train", "dev" or "neutral" (folders of earlier versions lack these)."""
+        return [
+            Prompt.from_row({name: value for name, value in row.items() if name != "split"})
+            for row in read_jsonl(self.path / "prompts.jsonl")
+            if row["split"] == split
+        ]
+
     def stage(self, name: str, key: str, files: list[str]) -> bool:
         """Begin stage `name`. True if it was begun with this key before, so its files can be gone on with.
 
@@ -131,13 +143,17 @@ class RunFolder:
             del stages[name]
             write_json(self.path / "stages.json", stages)
         for file in files:
-            target = self.path / file
-            if target.is_dir():
-                shutil.rmtree(target)
-            else:
-                target.unlink(missing_ok=True)
+            self.remove(file)
         write_json(self.path / "stages.json", {**stages, name: key})
         return False
+
+    def remove(self, name: str) -> None:
+        """Delete the file or folder `name`, where there is one."""
+        target = self.path / name
+        if target.is_dir():
+            shutil.rmtree(target)
+        else:
+            target.unlink(missing_ok=True)
 
     def renamed(self, name: str, before: str, key: str) -> None:
         """Where stage `name` was begun with the key `before`, an earlier form of `key`, it was begun with `key`."""
@@ -152,6 +168,6 @@ class RunFolder:
             return {}
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+            return {str(name): str(key) for name, key in found.items()}
+        except (ValueError, AttributeError) as error:
             raise RunError(f"{path} is damaged: delete it; the stages will be checked and done again.") from error
-        return {str(name): str(key) for name, key in found.items()}

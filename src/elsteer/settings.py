@@ -96,26 +96,26 @@ class TrainingSettings(_Settings):
     )
     width: int = Field(128, ge=4, description="Network: width r of its first, linear operation.")
     hidden: tuple[int, ...] = Field((64,), description="Network: widths of the hidden layers after it.")
-    layer_norm: bool = Field(True, description="LayerNorm after the first operation.")
-    dropout: float = Field(0.1, ge=0, lt=1, description="Dropout while training, never while steering.")
-    temperature: float = Field(0.5, gt=0, description="Temperature of InfoNCE.")
-    across: float = Field(0.25, ge=0, le=1, description="Weight of negatives of the other kind of prompt.")
+    layer_norm: bool = Field(True, description="Network: LayerNorm after the first operation.")
+    dropout: float = Field(0.1, ge=0, lt=1, description="Network: dropout while training, never while steering.")
+    temperature: float = Field(0.5, gt=0, description="Network: temperature of InfoNCE.")
+    across: float = Field(0.25, ge=0, le=1, description="Network: weight of negatives of the other kind of prompt.")
     counterpart: float = Field(
         3.0,
         ge=0,
-        description="How far the counterpart of a state lies, in mean differences of the outcomes of its kind; 0: none.",
+        description="Network: how far the counterpart of a state lies, in mean differences of the outcomes of its kind; 0: none.",
     )
     benign_weights: tuple[Annotated[float, Field(gt=0)], ...] = Field(
         (10.0, 1.6, 2.5, 4.0, 6.3, 16.0, 25.0, 40.0, 63.0),
         min_length=1,
         description="Weights of the benign half of the loss to try: a higher one turns spare safety into fewer false refusals.",
     )
-    learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate of AdamW.")
-    weight_decay: float = Field(0.05, ge=0, description="Weight decay of AdamW.")
-    batch_per_outcome: int = Field(32, ge=2, description="States of each of the four outcomes in a batch.")
-    epochs: int = Field(40, ge=1, description="Epochs at most.")
+    learning_rate: float = Field(1e-3, gt=0, description="Network: peak learning rate of AdamW.")
+    weight_decay: float = Field(0.05, ge=0, description="Network: weight decay of AdamW.")
+    batch_per_outcome: int = Field(32, ge=2, description="Network: states of each of the four outcomes in a batch.")
+    epochs: int = Field(40, ge=1, description="Network: epochs at most.")
     patience: int = Field(
-        12, ge=1, description="Epochs without a better validation AUROC in any layer before stopping."
+        12, ge=1, description="Network: epochs without a better validation AUROC in any layer before stopping."
     )
     validation_share: float = Field(0.2, gt=0, lt=1, description="Share of the prompts that validate.")
 

@@ -27,12 +27,12 @@ from elsteer.energy.product import refusal_reader
 from elsteer.energy.refine import SteeredProducts
 from elsteer.energy.train import harm_direction, train
 from elsteer.errors import RunError
-from elsteer.files import read_jsonl, write_atomic, write_json
+from elsteer.files import write_atomic, write_json
 from elsteer.judges import outcome_of
 from elsteer.landscape import Landscape, SteeringRule
 from elsteer.models import Fingerprint
 from elsteer.prompts import Prompt
-from elsteer.run import RunFolder, key_of, of_stage
+from elsteer.run import RESULT, RunFolder, key_of, of_stage
 from elsteer.settings import FitSettings
 from elsteer.states import StateStore
 
@@ -120,7 +120,7 @@ def train_energies(
     names = training.model_dump(exclude={"benign_weights", "refine_memory"})
     key = key_of(base_key, labels, names, weights[0] if product else None, settings.seed, settings.shuffle_outcomes)
     key = key if start is None else key_of(key, start.digest())
-    run.stage("energy", key, ["energy", "landscape"])
+    run.stage("energy", key, ["energy", *RESULT])
     if not is_refined(settings):
         through = None
     layers = range(depth) if through is None else refine_band(settings, depth)
@@ -138,9 +138,9 @@ def train_energies(
         energies = _train(run, prompts, completions, settings, layers, weight, progress, shuffle=shuffle)
         if through is not None:
             energies = _refined(run, prompts, completions, settings, energies, weight, through, depth, progress, start)
-        save_energies(folder, energies)
         if product:
             (run / "frontier.jsonl").unlink(missing_ok=True)  # its trials are of energies that are gone
+        save_energies(folder, energies)
         found[weight] = energies
     return found, key
 
@@ -422,11 +422,7 @@ def shuffled_control(
     if not (run / "settings.yaml").exists():
         raise RunError(f"{run.path} holds no settings.yaml: give the folder that the landscape was fitted in.")
     settings = FitSettings.read(run / "settings.yaml")
-    prompts = [
-        Prompt.from_row({name: value for name, value in row.items() if name != "split"})
-        for row in read_jsonl(run / "prompts.jsonl")
-        if row["split"] == "train"
-    ]
+    prompts = run.prompts("train")
     known = read_completions(run / "glimpses.jsonl") | read_completions(run / "completions.jsonl")
     if missing := [one.id for one in prompts if one.id not in known]:
         raise RunError(

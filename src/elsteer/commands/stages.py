@@ -191,7 +191,7 @@ def fit(
 )
 @click.option("--harm", is_flag=True, help="Also ask the judge (api or local) how harmful answers are.")
 @click.option("--quality/--no-quality", default=True, help="Also measure whole answers. [default: yes]")
-@click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Prompts at a time.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="Prompts at a time.")
 @click.option(
     "--max-new-tokens",
     type=click.IntRange(min=4),

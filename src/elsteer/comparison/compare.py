@@ -214,17 +214,13 @@ class _Work:
     def tuner(self) -> Tuner:
         """The fit's tuner over its dev prompts; what baselines share."""
         if self._tuner is None:
-            self.dev = [
-                Prompt.from_row({name: value for name, value in row.items() if name != "split"})
-                for row in read_jsonl(self.run / "prompts.jsonl")
-                if row["split"] == "dev"
-            ]
+            self.dev = self.run.prompts("dev")
             known = read_completions(self.run / "dev.jsonl", {"tokens_at_most": self.settings.tuning.tokens})
             if missing := [one.id for one in self.dev if one.id not in known]:
                 raise RunError(
                     f"{self.run.path} lacks the answers of {len(missing)} dev prompts: run the fit to its end first."
                 )
-            self.neutral = neutral_prompts(self.settings)
+            self.neutral = self.run.prompts("neutral") or neutral_prompts(self.settings)  # older folders lack them
             self._tuner = Tuner(
                 {},
                 self.caches(self.dev),

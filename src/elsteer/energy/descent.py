@@ -14,8 +14,8 @@ times P W'_v. Pooled, the u of the step is given from outside: the mean over the
 (`elsteer.energy.product`). With a sharpness r is held as u is, and the need g multiplies the step, the divisor unchanged.
 
 The guard keeps h's coordinates along U, so steering may change the decision but not what the model thinks the request is.
-Exact, not an approximation: equal to K normalised gradient steps on h by autograd. After DESIGN's derivation of ELS
-(arXiv 2510.08646), whose own loop takes K full backward passes.
+Exact, not an approximation: equal to K normalised gradient steps on h by autograd, as in ELS (arXiv 2510.08646), whose own
+loop takes K full backward passes.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -44,7 +46,8 @@ def check_tensors(layer: int, tensors: dict[str, Tensor], hidden_size: int) -> N
         wanted["context_blocks"] = (2,)
         blocks = tensors.get("context_blocks", torch.zeros(0))
         first, stop = blocks.tolist() if blocks.shape == (2,) else (0, 0)
-        if not 0 <= first < stop <= layer or query[1] % int(stop - first):
+        whole = first == int(first) and stop == int(stop) if math.isfinite(first + stop) else False
+        if not (whole and 0 <= first < stop <= layer) or query[1] < 1 or query[1] % int(stop - first):
             raise LandscapeError(
                 f"The energy model of layer {layer} reads a context of blocks {first:g} to {stop:g}, which do not lie before it."
             )

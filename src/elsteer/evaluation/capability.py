@@ -229,6 +229,8 @@ def _data(
             unique = {prompt.id: prompt for prompt in told_apart(prompts)}
             if not unique:
                 raise PromptError("There is no neutral prompt: give a file with at least one.")
+            if limit is not None and limit < 1:
+                raise PromptError(f"The limit of prompts must be at least 1, not {limit}.")
             order = sorted(unique, key=lambda one: hashlib.sha256(f"{seed}:{one}".encode()).hexdigest())[:limit]
             found[task] = [unique[one] for one in order]
         else:
@@ -260,7 +262,13 @@ def _identity(steering: Steering | None) -> Any:
 
 def _move_identity(move: Any) -> Any:
     plain = (bool, int, float, str, type(None))
-    own = {name: value for name, value in vars(move).items() if isinstance(value, plain) and name != "training"}
+    parts = dict(move.named_modules()) if isinstance(move, nn.Module) else {"": move}
+    own = {
+        f"{part}.{name}" if part else name: value
+        for part, module in parts.items()
+        for name, value in vars(module).items()
+        if isinstance(value, plain) and name != "training"
+    }
     tensors = {name: value for name, value in vars(move).items() if isinstance(value, Tensor)}
     if isinstance(move, nn.Module):
         tensors |= dict(move.named_buffers()) | dict(move.named_parameters())

@@ -7,7 +7,6 @@ Files in the run folder: evaluation/NAME.METHOD.jsonl (a row a prompt), evaluati
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import math
 import re
@@ -32,7 +31,7 @@ from elsteer.evaluation.quality import Answer, Quality, answer_at_length, qualit
 from elsteer.evaluation.report import Example, ReportData, verdict_sentence, write_report
 from elsteer.evaluation.statistics import Interval, JudgeAccuracy, mean_bootstrap, paired_difference, wilson
 from elsteer.evaluation.tables import Comparison, compare_all, percent
-from elsteer.files import append_jsonl, read_jsonl, write_atomic, write_json
+from elsteer.files import append_jsonl, read_json, read_jsonl, write_atomic, write_json
 from elsteer.judges import Judge, get_judge, outcome_of, require_harm
 from elsteer.landscape import Landscape
 from elsteer.models import decoder_blocks
@@ -64,7 +63,7 @@ class Evaluation:
     """What an evaluation found.
 
     rows: as in `elsteer.evaluation.tables`; tables: method to its tables ("total", "suite", "source", "category").
-    answers: method to prompt id to full-length answer; quality: of each method. seconds: by stage. report: report.html.
+    answers: method to prompt id to full-length answer; quality_of: the first landscape's. seconds: by stage. report: report.html.
     judge_accuracy: what the corrected rates rest on, the first. harm: by method, where it was asked for. seen: prompts that the
     fit in the same run folder was fitted or tuned on.
     """
@@ -314,7 +313,7 @@ class _Work:
             for suite, caches in self.caches.items()
         }
         share = max(1, limit // max(1, sum(bool(places) for places in chosen.values())))
-        chosen = {suite: places[:share] for suite, places in chosen.items()}
+        chosen = {suite: _spread(places, share) for suite, places in chosen.items()}
         if not any(chosen.values()):
             return {}
         ids = [self.caches[suite].prompts[at].id for suite, places in chosen.items() for at in places]
@@ -495,7 +494,7 @@ class _Work:
         name, marks = f"landscape at layer {layer}", self.run / "evaluation/pictures.json"
         path = self.run / f"{_slug(name)}.png"
         key = key_of(self._key(landscape), [[caches.prompts[at].id, outcomes[i]] for i, at in enumerate(places)])
-        if path.exists() and marks.exists() and json.loads(marks.read_text(encoding="utf-8")) == {path.name: key}:
+        if path.exists() and read_json(marks) == {path.name: key}:
             return {name: path.read_bytes()}
         states = _last_states(caches, places, layer)
         descent = landscape.descent(layer).cpu()
@@ -575,3 +574,8 @@ def _slug(name: str) -> str:
 
 def _write_bytes(path: Path, content: bytes) -> None:
     write_atomic(path, lambda to: to.write_bytes(content))
+
+
+def _spread(places: list[int], count: int) -> list[int]:
+    """`count` of them, evenly over their order: suites go kind by kind."""
+    return places if len(places) <= count else [places[at * len(places) // count] for at in range(count)]

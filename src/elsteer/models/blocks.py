@@ -64,7 +64,7 @@ def decoder_of(model: PreTrainedModel, path: str | None = None) -> torch.nn.Modu
     """The module that owns the decoder blocks and runs them.
 
     Its forward takes input_ids or inputs_embeds, attention_mask, position_ids and the cache (`cache_given`). Some
-    families hand it input_ids by position: a hook that wants the names takes them from `named_inputs`.
+    families hand it input_ids by position.
     """
     owner = _find(model, path)[0]
     while owner:

@@ -60,8 +60,7 @@ def attacked(
     """The harmful ones of `prompts`, each in a template of `family`; benign ones are left out.
 
     One template is drawn for each prompt, by the seed and the prompt's id alone; with `every_template` each prompt comes in
-    all of them. The template stands around the last message. Category is kept, the source becomes SOURCE+FAMILY, and
-    `family` of the prompt holds it together with the prompt itself in any split.
+    all of them. The template stands around the last message. Category and family are kept, the source becomes SOURCE+FAMILY.
     Raises PromptError for an unknown family, and where the data folder does not hold its templates.
     """
     templates = templates_of(family, data_dir=data_dir)

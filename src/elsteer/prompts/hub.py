@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
 from typing import Any
 
 from elsteer.errors import PromptError
+from elsteer.models.hub import hub_problem
 from elsteer.prompts.formats import PlacedRow
 
-__all__ = ["REACH_SECONDS", "HubError", "hub_problem", "hub_rows"]
-
-REACH_SECONDS = 5.0
+__all__ = ["HubError", "hub_rows"]
 
 
 class HubError(PromptError):
@@ -21,29 +19,6 @@ class HubError(PromptError):
         super().__init__(f"{reason}, and no file has that name: {remedy}, or give a file.")
         self.reason = reason
         self.remedy = remedy
-
-
-def hub_problem(timeout: float = REACH_SECONDS) -> str | None:
-    """Why the hub cannot be reached, within `timeout` seconds; None if it answers or HF_HUB_OFFLINE is set."""
-    from huggingface_hub import constants, get_session
-
-    if constants.is_offline_mode():
-        return None
-    answer: list[str | None] = []
-    expected: tuple[type[Exception], ...] = (*_http_errors(), OSError, ValueError)
-
-    def ask() -> None:
-        try:
-            get_session().head(constants.ENDPOINT, timeout=timeout)
-            answer.append(None)
-        except expected as error:
-            answer.append(str(error) or type(error).__name__)
-
-    # In a thread, because the look-up of a host name heeds no timeout.
-    asking = threading.Thread(target=ask, daemon=True)
-    asking.start()
-    asking.join(timeout)
-    return answer[0] if answer else f"no answer in {timeout:g} seconds"
 
 
 def _http_errors() -> tuple[type[Exception], ...]:
@@ -63,10 +38,10 @@ def hub_rows(
     """
     from huggingface_hub import constants
 
-    problem = hub_problem()
+    problem = None if constants.is_offline_mode() else hub_problem()  # offline, what was downloaded before is read
     if problem is not None:
         raise HubError(
-            f"{hub_id} could not be read from {constants.ENDPOINT} ({problem})",
+            f"{hub_id} could not be read, as {constants.ENDPOINT} {problem}",
             "check the connection, or set HF_HUB_OFFLINE=1 if it was downloaded before",
         )
     from datasets import load_dataset

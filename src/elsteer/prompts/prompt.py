@@ -17,7 +17,7 @@ class Prompt:
     messages: the chat, oldest first, each {"role": "system" | "user" | "assistant", "content": str}; the last is the user's.
     harmful: True if the right answer is a refusal, False if it is help.
     source, category: where it comes from and what kind it is, for tables; family: prompts of one family (variants of one
-    idea) never stand in two splits; weight in no statistic.
+    idea) never stand in two splits.
     """
 
     messages: tuple[dict[str, str], ...]

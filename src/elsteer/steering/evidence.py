@@ -17,8 +17,6 @@ from torch import Tensor
 from elsteer.completions import read_completions
 from elsteer.energy.standard import standardised, weighted_sums
 from elsteer.errors import RunError
-from elsteer.files import read_jsonl
-from elsteer.prompts import Prompt
 from elsteer.run import RunFolder
 from elsteer.settings import FitSettings
 from elsteer.states import StateStore
@@ -82,11 +80,7 @@ class Evidence:
             raise RunError(f"{run.path} holds no settings.yaml: give the folder of a finished `elsteer fit`.")
         settings = FitSettings.read(run / "settings.yaml")
         known = read_completions(run / "glimpses.jsonl") | read_completions(run / "completions.jsonl")
-        prompts = [
-            Prompt.from_row({name: value for name, value in row.items() if name != "split"})
-            for row in read_jsonl(run / "prompts.jsonl")
-            if row["split"] == "train"
-        ]
+        prompts = run.prompts("train")
         if missing := [one.id for one in prompts if one.id not in known]:
             raise RunError(f"{run.path} lacks the answers of {len(missing)} training prompts: run the fit to its end.")
         store = StateStore(run / "states")
