@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from elsteer.console import invocation, note, quiet
+from elsteer.files import expanded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,7 +34,7 @@ class _File(click.Path):
     """A path; of --option=~/file the shell leaves the ~ to us."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return Path(super().convert(value, param, ctx)).expanduser()  # type: ignore[arg-type]
+        return expanded(super().convert(value, param, ctx))  # type: ignore[arg-type]
 
 
 FILE = _File(path_type=Path)
@@ -41,7 +42,7 @@ FILE = _File(path_type=Path)
 
 def run_folder_of(landscape: str) -> Path:
     """Where what is measured of a landscape goes by default: its run folder; runs/NAME where it lies elsewhere."""
-    local = Path(landscape).expanduser()
+    local = expanded(landscape)
     if local.is_dir() and (local := local.resolve()).name == "landscape":
         return local.parent
     return Path("runs") / local.name
