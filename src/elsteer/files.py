@@ -12,7 +12,7 @@ from typing import Any
 
 from elsteer.errors import RunError
 
-__all__ = ["append_jsonl", "expanded", "read_jsonl", "write_atomic", "write_json", "write_jsonl"]
+__all__ = ["append_jsonl", "expanded", "read_jsonl", "whole_path", "write_atomic", "write_json", "write_jsonl"]
 
 
 def _explain(error: OSError, path: Path) -> RunError:
@@ -31,6 +31,11 @@ def expanded(path: str | Path) -> Path:
         return Path(path).expanduser()
     except RuntimeError:
         return Path(path)
+
+
+def whole_path(path: Path) -> Path:
+    """From the root on. Of a file that is a link, not what it links to: in the hub's cache that has no suffix."""
+    return path.parent.resolve() / path.name if path.is_file() else path.resolve()
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:

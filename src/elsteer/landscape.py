@@ -249,7 +249,7 @@ class Landscape:
         folder = landscape_hub.find(path_or_id, revision=revision, token=token, cache_dir=cache_dir)
         config, tensors = read_folder(folder, name)
         try:
-            found = _fingerprint(config.get("fingerprint"))
+            found = Fingerprint.from_dict(config.get("fingerprint"))
             rule = SteeringRule.from_dict(config.get("rule"))
             provenance, method = config.get("provenance"), config.get("method")
             if not isinstance(provenance, dict) or not isinstance(method, str):
@@ -287,21 +287,6 @@ class _NoTemplate:
     """Stands for a tokenizer whose template is not to be compared."""
 
     chat_template = "none"
-
-
-def _fingerprint(value: Any) -> Fingerprint:
-    """From JSON, with the kind of each entry checked, since `attach` compares and prints them."""
-    found = Fingerprint.from_dict(value)
-    texts = (found.architecture, found.model_type, found.template_sha256)
-    optional = (found.name, found.revision)
-    sizes = (found.num_layers, found.hidden_size, found.vocab_size)
-    numbers = [number for row in found.weights.values() for number in row]
-    fit = all(isinstance(text, str) for text in texts) and all(isinstance(text, str | None) for text in optional)
-    fit = fit and all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes)
-    fit = fit and isinstance(found.thinking, bool | None)
-    if not fit or not all(isinstance(number, int | float) and abs(number) < 1e30 for number in numbers):
-        raise LandscapeError("The fingerprint of the model holds entries of the wrong kind.")
-    return found
 
 
 def _by_layer(tensors: dict[str, Tensor]) -> tuple[dict[int, dict[str, Tensor]], dict[int, Tensor]]:

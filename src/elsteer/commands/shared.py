@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from elsteer.console import invocation, note, quiet
+from elsteer.errors import ModelError
 from elsteer.files import expanded
 
 if TYPE_CHECKING:
@@ -102,6 +103,10 @@ def load_for(found: Landscape, model: str | None, **loading: Any) -> tuple[PreTr
     name = model or found.fingerprint.name
     if name is None:
         raise click.UsageError("The landscape does not name its model: give it with --model.")
+    if model is None and found.fingerprint.is_local and not expanded(name).exists():
+        raise ModelError(
+            f"The landscape was fitted to the local model {name}, which is not there: say where it is with --model."
+        )
     loading["revision"] = loading.get("revision") or found.fingerprint.revision_of(name)
     llm, tokenizer = load_model(name, **loading)
     found.attach(llm, 0.0, tokenizer=tokenizer).remove()  # whether it fits is said now, not after the plain answers

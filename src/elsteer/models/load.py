@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from elsteer.errors import ModelError
-from elsteer.files import expanded
+from elsteer.files import expanded, whole_path
 from elsteer.models import mirror
 from elsteer.models.blocks import decoder_blocks
 from elsteer.models.cache import sha256_of, weights_digest
@@ -31,7 +31,7 @@ __all__ = ["load", "source_of"]
 
 logger = logging.getLogger(__name__)
 
-_HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
+HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 _PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -122,7 +122,7 @@ def source_of(model: PreTrainedModel) -> dict[str, str | None]:
     config = model.config
     name = config.name_or_path or None
     if name is not None and Path(name).is_dir():
-        name = str(Path(name).resolve())
+        name = str(whole_path(Path(name)))
     return {"name": name, "revision": getattr(config, "_commit_hash", None), "origin": None}
 
 
@@ -168,7 +168,7 @@ def _local(name: str) -> Source | None:
         ) from error
     except OSError as error:
         raise ModelError(f"{_cut(name)} could not be read: {_first_sentence(error)}.") from error
-    if not _HUB_ID.fullmatch(name) or name.endswith(".gguf"):
+    if not HUB_ID.fullmatch(name) or name.endswith(".gguf"):
         raise ModelError(f"{_cut(name)} is no local file or folder, nor a hub id of the form owner/name.")
     return None
 
@@ -181,7 +181,7 @@ def _found(name: str) -> Source | None:
         return _gguf(path, path)
     if not path.is_dir():
         return None
-    path = path.resolve()
+    path = whole_path(path)
     if (path / "config.json").is_file():
         _check_config(path / "config.json")
         known = path.parent.name == "snapshots" and _COMMIT.fullmatch(path.name)
@@ -198,10 +198,9 @@ def _found(name: str) -> Source | None:
 
 
 def _gguf(path: Path, file: Path) -> Source:
-    """file: not resolved itself, as in the hub's cache a link has the suffix and the file has none."""
+    """path: what it goes by, the file or its folder."""
     _refuse_part(file)
-    whole, file = (one.parent.resolve() / one.name for one in (path, file))
-    return Source(str(whole), str(file), "gguf", sha256_of(file))
+    return Source(str(whole_path(path)), str(whole_path(file)), "gguf", sha256_of(file))
 
 
 def _refuse_part(file: Path) -> None:
