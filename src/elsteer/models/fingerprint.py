@@ -70,10 +70,10 @@ class Fingerprint:
         by_path = not HUB_ID.fullmatch(self.name) or self.name.endswith(".gguf")
         return by_path or (self.revision is not None and _SHA256.fullmatch(self.revision) is not None)
 
-    def named_as(self, known: Fingerprint) -> Fingerprint:
-        """This one by the name that `known` has for the same folder or file, such as a relative path: for keys of old runs."""
-        same = known.name is not None and str(whole_path(expanded(known.name))) == self.name
-        return replace(self, name=known.name) if same else self
+    def named_as(self, name: str | None) -> Fingerprint:
+        """This one by `name` where that is another path of the same folder or file: for keys of runs of earlier versions."""
+        same = name is not None and str(whole_path(expanded(name))) == self.name
+        return replace(self, name=name) if same else self
 
     def to_dict(self) -> dict[str, Any]:
         """As a JSON object."""
