@@ -12,7 +12,16 @@ from typing import Any
 
 from elsteer.errors import RunError
 
-__all__ = ["append_jsonl", "expanded", "read_json", "read_jsonl", "whole_path", "write_atomic", "write_json", "write_jsonl"]
+__all__ = [
+    "append_jsonl",
+    "expanded",
+    "read_json",
+    "read_jsonl",
+    "whole_path",
+    "write_atomic",
+    "write_json",
+    "write_jsonl",
+]
 
 
 def _explain(error: OSError, path: Path) -> RunError:

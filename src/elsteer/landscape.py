@@ -267,9 +267,15 @@ class Landscape:
         token: str | bool | None = None,
         commit_message: str = "Upload landscape",
     ) -> str:
-        """Upload to the hub, making the repository if it is not there; its address. Raises LandscapeError."""
+        """Upload to the hub, making the repository if it is not there; its address. Raises LandscapeError.
+
+        Of the path of a local model only the last part goes along.
+        """
+        known = self.fingerprint
+        if known.is_local:
+            known = dataclasses.replace(known, name=f"./{Path(str(known.name)).name}")
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(Path(folder) / "landscape", name=repo_id)
+            self._changed(fingerprint=known).save_pretrained(Path(folder) / "landscape", name=repo_id)
             return landscape_hub.upload(
                 Path(folder) / "landscape", repo_id, private=private, token=token, message=commit_message
             )

@@ -114,9 +114,9 @@ def test_weights_of_which_none_can_be_compared_do_not_fit(weights: dict[str, lis
     for pair in ((whole, other), (other, whole)):
         (said,) = differences(*pair)
         assert "none of the sampled weights" in said
+    found = tiny_landscape()
+    found.fingerprint = replace(found.fingerprint, weights=weights)
     with pytest.raises(LandscapeError, match="none of the sampled weights"):
-        found = tiny_landscape()
-        found.fingerprint = replace(found.fingerprint, weights=weights)
         found.attach(tiny_model())
 
 

@@ -276,9 +276,7 @@ def test_a_folder_without_a_tokenizer_is_an_error(folder: Path) -> None:
         load(folder, device="cpu")
 
 
-def test_a_local_model_goes_by_its_whole_path(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_local_model_goes_by_its_whole_path(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A landscape of it is used from elsewhere, too, where a relative path would be looked for on the hub."""
     tiny_gguf(tmp_path / "tiny.gguf")
     (tmp_path / "linked.gguf").symlink_to("tiny.gguf")  # as in the hub's cache, where the file itself has no suffix
@@ -325,7 +323,10 @@ def own_code(folder: Path, file: str, **entries: object) -> None:
 @pytest.mark.parametrize(
     ("file", "entries"),
     [
-        ("config.json", {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}}),
+        (
+            "config.json",
+            {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}},
+        ),
         ("tokenizer_config.json", {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}),
     ],
 )
@@ -349,7 +350,9 @@ def test_an_own_model_of_a_known_type_is_not_asked_about(folder: Path, monkeypat
     assert not (folder / "it ran").exists()
 
 
-@pytest.mark.parametrize("address", ["socks5://127.0.0.1:9", "nonsense", "http://[", "http://127.0.0.1:99999", "ftp://x"])
+@pytest.mark.parametrize(
+    "address", ["socks5://127.0.0.1:9", "nonsense", "http://[", "http://127.0.0.1:99999", "ftp://x"]
+)
 def test_a_proxy_that_cannot_be_used_is_said(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("ALL_PROXY", "HTTP_PROXY", "http_proxy"):
         monkeypatch.setenv(name, address)
@@ -365,7 +368,9 @@ def test_a_proxy_that_cannot_be_used_is_said(address: str, monkeypatch: pytest.M
         close_session()
 
 
-@pytest.mark.parametrize("where", ["cuda", "cuda:1", "meta", "xpu", "toaster", "disk", {"": "xpu"}, {"": 0}, {"": "meta"}])
+@pytest.mark.parametrize(
+    "where", ["cuda", "cuda:1", "meta", "xpu", "toaster", "disk", {"": "xpu"}, {"": 0}, {"": "meta"}]
+)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="only where there is no GPU")
 def test_a_device_map_that_cannot_be_had_is_said(folder: Path, where: str | dict[str, Any]) -> None:
     with pytest.raises(ModelError, match=r"^(Device )?'(cuda|cuda:1|meta|xpu|toaster|disk|0)'"):

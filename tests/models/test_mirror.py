@@ -237,9 +237,7 @@ def test_two_at_once_fetch_once(registry: Path, monkeypatch: pytest.MonkeyPatch)
     assert calls == ["converted"]
 
 
-def test_a_registry_that_is_not_reached_is_told_by_its_reason(
-    registry: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_registry_that_is_not_reached_is_told_by_its_reason(registry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """pip ends with "No matching distribution found", as if it had been asked."""
     monkeypatch.delenv("PIP_NO_INDEX")
     monkeypatch.delenv("PIP_FIND_LINKS")

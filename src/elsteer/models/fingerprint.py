@@ -80,7 +80,7 @@ class Fingerprint:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, value: dict[str, Any]) -> Fingerprint:
+    def from_dict(cls, value: Any) -> Fingerprint:
         """The inverse of `to_dict`. Raises ModelError where an entry is missing or of the wrong kind."""
         names = {field.name for field in fields(cls)}
         if not isinstance(value, dict) or names - value.keys():

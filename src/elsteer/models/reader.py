@@ -64,7 +64,9 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     """Where its files are missing, transformers makes a tokenizer with an empty vocabulary and goes on."""
     ids = tokenizer("Hello", add_special_tokens=False)["input_ids"]
     if not ids or set(ids) == {tokenizer.unk_token_id}:
-        raise ValueError("its tokenizer does not know the word 'Hello': tokenizer.json, or what else it is made of, is missing")
+        raise ValueError(
+            "its tokenizer does not know the word 'Hello': tokenizer.json, or what else it is made of, is missing"
+        )
 
 
 @contextmanager
