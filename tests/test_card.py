@@ -57,6 +57,14 @@ def test_a_model_that_only_the_registry_has_is_named_with_its_revision() -> None
     assert call in card(model=replace(MODEL, revision=pin))
 
 
+def test_a_relative_path_of_an_earlier_version_is_no_model_of_the_hub() -> None:
+    local = replace(MODEL, name="models/tiny", revision="0" * 64)
+    text = card(model=local)
+    assert ModelCard(text).data.base_model is None
+    assert "models/tiny" not in text
+    assert "path/to/the/model" in text
+
+
 def test_it_says_which_model_and_how_it_steers() -> None:
     text = card()
     assert "24 decoder blocks, hidden size 896" in text

@@ -638,11 +638,14 @@ def test_a_template_that_opens_a_thought_is_told_before_anything_is_asked(tiny: 
     assert passes == []
 
 
+@pytest.mark.parametrize("name", ["org/named", "model"])
 def test_answers_of_an_earlier_form_of_the_key_are_kept(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """That held the model's name, too."""
-    source = {"name": "org/named", "revision": None, "origin": "hub"}
+    """That held the model's name, too, and of a folder the path as it was given."""
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    source = {"name": name, "revision": None, "origin": "hub"}
     monkeypatch.setattr(tiny[0], "elsteer_source", source, raising=False)
     fitted(tiny, tmp_path)
     stages = json.loads((tmp_path / "stages.json").read_text())
@@ -652,6 +655,8 @@ def test_answers_of_an_earlier_form_of_the_key_are_kept(
     (tmp_path / "stages.json").write_text(json.dumps({**stages, "collect": earlier}))
     files = [tmp_path / name for name in ("completions.jsonl", "dev.jsonl", "states/000000.safetensors")]
     before = [file.stat().st_mtime_ns for file in files]
+    if name == "model":
+        source["name"] = str(tmp_path / "model")
     fitted(tiny, tmp_path)
     assert [file.stat().st_mtime_ns for file in files] == before
     assert json.loads((tmp_path / "stages.json").read_text()) == stages

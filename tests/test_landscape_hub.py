@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -46,6 +47,17 @@ def test_what_is_pushed_comes_back(hub: FakeHub) -> None:
     assert hub.messages == ["first"]
     assert 'from_pretrained("org/name")' in hub.commits["org/name"][-1]["README.md"].decode()
     same_landscape(Landscape.from_pretrained("org/name"), landscape)
+
+
+def test_of_a_local_model_only_the_last_part_of_its_path_is_pushed(hub: FakeHub) -> None:
+    landscape = tiny_landscape()
+    landscape.fingerprint = replace(landscape.fingerprint, name="/home/someone/secret/tiny", revision="0" * 64)
+    landscape.push_to_hub("org/name", token=WRITER)
+    assert not any(b"someone" in content for content in hub.commits["org/name"][-1].values())
+    found = Landscape.from_pretrained("org/name").fingerprint
+    assert found.name == "./tiny"
+    assert found.is_local
+    assert landscape.fingerprint.name == "/home/someone/secret/tiny"
 
 
 def test_an_older_revision_can_be_loaded(hub: FakeHub) -> None:

@@ -29,7 +29,7 @@ def landscape_card(
     provenance: as in `Landscape`; "figures" are rows of {"name", "value", "low", "high", "n", "note"}, all but the first two
     optional, shown as a table; the other entries are listed as they are.
     """
-    base = fingerprint.name if _is_hub_id(fingerprint.name) else None
+    base = fingerprint.name if _is_hub_id(fingerprint.name) and not fingerprint.is_local else None
     front = ModelCardData(
         library_name="elsteer",
         base_model=base,
@@ -65,7 +65,7 @@ def _shown(fingerprint: Fingerprint) -> str:
     """The model's name; of a local folder only its last part, as the rest is nobody's business."""
     if fingerprint.name is None:
         return fingerprint.architecture
-    return fingerprint.name if _is_hub_id(fingerprint.name) else Path(fingerprint.name).name
+    return Path(fingerprint.name).name if fingerprint.is_local or not _is_hub_id(fingerprint.name) else fingerprint.name
 
 
 def _pin(fingerprint: Fingerprint) -> str:

@@ -12,7 +12,16 @@ from typing import Any
 
 from elsteer.errors import RunError
 
-__all__ = ["append_jsonl", "read_jsonl", "write_atomic", "write_json", "write_jsonl"]
+__all__ = [
+    "append_jsonl",
+    "expanded",
+    "read_json",
+    "read_jsonl",
+    "whole_path",
+    "write_atomic",
+    "write_json",
+    "write_jsonl",
+]
 
 
 def _explain(error: OSError, path: Path) -> RunError:
@@ -23,6 +32,19 @@ def _explain(error: OSError, path: Path) -> RunError:
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         return RunError(f"{path} may not be written: choose another folder or change its permissions.")
     return RunError(f"{path} could not be written: {error.strerror or error}.")
+
+
+def expanded(path: str | Path) -> Path:
+    """`path` with the home folder for its ~; as it is written where that names no user, as in a shell."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
+def whole_path(path: Path) -> Path:
+    """From the root on. Of a file that is a link, not what it links to: in the hub's cache that has no suffix."""
+    return path.parent.resolve() / path.name if path.is_file() else path.resolve()
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:

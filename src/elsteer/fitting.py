@@ -26,7 +26,7 @@ from elsteer.decoding import PromptBatch, refuse_steered
 from elsteer.energy.refine import SteeredProducts, refine
 from elsteer.errors import ModelError, NothingHelps, PromptError, RunError, SteeringError
 from elsteer.evaluation.plots import frontier_picture
-from elsteer.files import write_atomic, write_json, write_jsonl
+from elsteer.files import read_json, write_atomic, write_json, write_jsonl
 from elsteer.glimpse import FirstTokenJudge
 from elsteer.judges import DESIRABLE, judge_of_fit, outcome_of
 from elsteer.landscape import Landscape
@@ -211,7 +211,9 @@ def _collected(
     same = {**print_of.to_dict(), "name": None, "revision": None}
     asked = {**settings.collect.model_dump(), "judge": judge.name}
     key = key_of(same, asked, str(model.dtype), looked)
-    run.renamed("collect", key_of(print_of.to_dict(), settings.collect.model_dump(), str(model.dtype), looked), key)
+    known = read_json(run / "model.json")
+    named = print_of.named_as(known.get("name") if isinstance(known, dict) else None)
+    run.renamed("collect", key_of(named.to_dict(), settings.collect.model_dump(), str(model.dtype), looked), key)
     _check_disk(run, model, train_caches, dev_caches, settings, looked, copies=fitted)
     _write_inputs(run, settings, {"train": train_set, "dev": dev_set, "neutral": quiet}, print_of)
     answered = _collect(run, train_caches, settings, key, looked, progress)

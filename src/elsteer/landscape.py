@@ -249,7 +249,7 @@ class Landscape:
         folder = landscape_hub.find(path_or_id, revision=revision, token=token, cache_dir=cache_dir)
         config, tensors = read_folder(folder, name)
         try:
-            found = _fingerprint(config.get("fingerprint"))
+            found = Fingerprint.from_dict(config.get("fingerprint"))
             rule = SteeringRule.from_dict(config.get("rule"))
             provenance, method = config.get("provenance"), config.get("method")
             if not isinstance(provenance, dict) or not isinstance(method, str):
@@ -267,9 +267,15 @@ class Landscape:
         token: str | bool | None = None,
         commit_message: str = "Upload landscape",
     ) -> str:
-        """Upload to the hub, making the repository if it is not there; its address. Raises LandscapeError."""
+        """Upload to the hub, making the repository if it is not there; its address. Raises LandscapeError.
+
+        Of the path of a local model only the last part goes along.
+        """
+        known = self.fingerprint
+        if known.is_local:
+            known = dataclasses.replace(known, name=f"./{Path(str(known.name)).name}")
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(Path(folder) / "landscape", name=repo_id)
+            self._changed(fingerprint=known).save_pretrained(Path(folder) / "landscape", name=repo_id)
             return landscape_hub.upload(
                 Path(folder) / "landscape", repo_id, private=private, token=token, message=commit_message
             )
@@ -299,21 +305,6 @@ class _NoTemplate:
     """Stands for a tokenizer whose template is not to be compared."""
 
     chat_template = "none"
-
-
-def _fingerprint(value: Any) -> Fingerprint:
-    """From JSON, with the kind of each entry checked, since `attach` compares and prints them."""
-    found = Fingerprint.from_dict(value)
-    texts = (found.architecture, found.model_type, found.template_sha256)
-    optional = (found.name, found.revision)
-    sizes = (found.num_layers, found.hidden_size, found.vocab_size)
-    numbers = [number for row in found.weights.values() for number in row]
-    fit = all(isinstance(text, str) for text in texts) and all(isinstance(text, str | None) for text in optional)
-    fit = fit and all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes)
-    fit = fit and isinstance(found.thinking, bool | None)
-    if not fit or not all(isinstance(number, int | float) and abs(number) < 1e30 for number in numbers):
-        raise LandscapeError("The fingerprint of the model holds entries of the wrong kind.")
-    return found
 
 
 def _by_layer(tensors: dict[str, Tensor]) -> tuple[dict[int, dict[str, Tensor]], dict[int, Tensor]]:

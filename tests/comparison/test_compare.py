@@ -227,6 +227,29 @@ def test_a_killed_comparison_goes_on_where_it_was(tiny: Tiny, fitted: Path, suit
     assert (len(lines(rows)), passes) == (40, [])
 
 
+def test_rows_of_a_relative_path_of_an_earlier_version_are_kept(
+    tiny: Tiny, fitted: Path, suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(fitted, run)
+    config = json.loads((run / "landscape/config.json").read_text(encoding="utf-8"))
+    config["fingerprint"]["name"] = "model"
+    (run / "landscape/config.json").write_text(json.dumps(config), encoding="utf-8")
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    source = {"name": "model", "revision": None, "origin": "folder"}
+    monkeypatch.setattr(tiny[0], "elsteer_source", source, raising=False)
+
+    def run_it() -> None:
+        compare(*tiny, run, ["caa"], [str(suite)], budget=3, finalists=1, judge="letters")
+
+    run_it()
+    source["name"] = str(tmp_path / "model")
+    with forward_passes(tiny[0]) as passes:
+        run_it()
+    assert passes == []
+
+
 def test_other_evidence_makes_trials_and_rows_anew_but_not_those_of_the_plain_model(
     tiny: Tiny, fitted: Path, suite: Path, tmp_path: Path
 ) -> None:

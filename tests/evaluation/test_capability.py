@@ -380,6 +380,21 @@ def test_a_killed_run_goes_on_and_gives_the_same(tiny: Tiny, landscape: Landscap
     assert rows == []
 
 
+def test_rows_of_a_relative_path_of_an_earlier_version_are_kept(
+    tiny: Tiny, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    source = {"name": "model", "revision": "0" * 64, "origin": "folder"}
+    monkeypatch.setattr(tiny[0], "elsteer_source", source, raising=False)
+    landscape = tiny_landscape(tiny[0])
+    capability(*tiny, landscape, ["mmlu"], out=tmp_path, data_dir=data)
+    source["name"] = str(tmp_path / "model")
+    with forward_passes(tiny[0]) as rows:
+        capability(*tiny, landscape, ["mmlu"], out=tmp_path, data_dir=data)
+    assert rows == []
+
+
 def test_another_strength_or_rule_makes_the_rows_anew(
     tiny: Tiny, landscape: Landscape, data: Path, tmp_path: Path
 ) -> None:

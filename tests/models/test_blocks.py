@@ -15,7 +15,6 @@ from elsteer.models import (
     decoder_blocks,
     decoder_of,
     hidden_size,
-    named_inputs,
     num_layers,
 )
 from tiny import FAMILIES, VOCABULARY, tiny_model
@@ -60,16 +59,16 @@ def test_the_blocks_of_every_family_are_found(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_decoder_tells_its_inputs_by_name_in_generate(family: str) -> None:
+def test_the_decoder_is_given_ids_mask_and_cache_in_generate(family: str) -> None:
     model = tiny_model(family)
-    seen: list[dict[str, Any]] = []
-    decoder_of(model).register_forward_pre_hook(lambda *given: seen.append(named_inputs(*given)), with_kwargs=True)
+    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    decoder_of(model).register_forward_pre_hook(lambda _, *given: seen.append(given), with_kwargs=True)
     ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
     mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
     model.generate(ids, attention_mask=mask, max_new_tokens=2, min_new_tokens=2, do_sample=False)
     assert len(seen) == 2
-    for step, kwargs in enumerate(seen):
-        assert kwargs["input_ids"].shape == (2, 1 if step else 3)
+    for step, (args, kwargs) in enumerate(seen):
+        assert (args[0] if args else kwargs["input_ids"]).shape == (2, 1 if step else 3)
         assert kwargs["attention_mask"].shape[0] == 2
         assert cache_given(kwargs) is not None
 

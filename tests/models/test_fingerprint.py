@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from elsteer.errors import ModelError
-from elsteer.models import Fingerprint, differences, fingerprint
+from elsteer.errors import LandscapeError, ModelError
+from elsteer.models import MIRRORS, Fingerprint, differences, fingerprint
+from landscapes import tiny_landscape
 from tiny import FAMILIES, tiny_model, tiny_tokenizer
 
 
@@ -104,6 +106,26 @@ def test_quantised_tensors_are_left_out_of_the_comparison() -> None:
     assert differences(whole, quantised) == []
 
 
+@pytest.mark.parametrize("weights", [{}, {"another.name": [0.0] * 8}])
+def test_weights_of_which_none_can_be_compared_do_not_fit(weights: dict[str, list[float]]) -> None:
+    """A landscape that names no weights would fit any model of the same shape."""
+    whole = fingerprint(tiny_model(), tiny_tokenizer())
+    other = replace(whole, weights=weights)
+    for pair in ((whole, other), (other, whole)):
+        (said,) = differences(*pair)
+        assert "none of the sampled weights" in said
+    found = tiny_landscape()
+    found.fingerprint = replace(found.fingerprint, weights=weights)
+    with pytest.raises(LandscapeError, match="none of the sampled weights"):
+        found.attach(tiny_model())
+
+
+def test_a_model_without_any_ordinary_weights_is_known_by_its_shape() -> None:
+    """As where all of them are quantised to a byte, in the model that was fitted, too: there is nothing to compare."""
+    bare = replace(fingerprint(tiny_model(), tiny_tokenizer()), weights={})
+    assert differences(bare, bare) == []
+
+
 def test_what_differs_is_said_in_words() -> None:
     a = fingerprint(tiny_model("qwen2"), tiny_tokenizer("chatml"))
     assert differences(a, a) == []
@@ -134,7 +156,33 @@ def test_it_goes_through_json_unchanged() -> None:
     assert len(text) < 8000
 
 
-@pytest.mark.parametrize("damage", [{}, [], {"weights": [1.0]}, {"weights": {"a": "b"}}])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {},
+        [],
+        None,
+        "a",
+        {"weights": [1.0]},
+        {"weights": {"a": "b"}},
+        {"weights": {"a": ["b"]}},
+        {"weights": {"a": [None]}},
+        {"weights": {"a": [float("nan")]}},
+        {"weights": {"a": [10**400]}},
+        {"weights": {1: [1.0]}},
+        {"weights": None},
+        {"name": ["a"]},
+        {"revision": {}},
+        {"architecture": None},
+        {"num_layers": "4"},
+        {"num_layers": True},
+        {"hidden_size": 0},
+        {"vocab_size": 1.5},
+        {"template_sha256": 3},
+        {"thinking": "on"},
+        {"thinking": 1},
+    ],
+)
 def test_a_damaged_one_is_an_error(damage: Any) -> None:
     value = fingerprint(tiny_model(), tiny_tokenizer()).to_dict()
     with pytest.raises(ModelError, match="damaged"):
@@ -147,3 +195,37 @@ def test_an_adapter_of_any_kind_makes_another_model(name: str) -> None:
     before = fingerprint(tiny_model("llama"), tiny_tokenizer())
     loaded = replace(before, weights={**before.weights, f"model.layers.0.self_attn.{name}": [0.0] * 8})
     assert any("adapter" in one for one in differences(before, loaded))
+
+
+@pytest.mark.parametrize(
+    ("name", "revision", "local"),
+    [
+        ("owner/model", "0" * 40, False),
+        ("owner/model", None, False),
+        ("Qwen/Qwen2.5-Coder-0.5B-Instruct", MIRRORS["Qwen/Qwen2.5-Coder-0.5B-Instruct"].sha256, False),
+        (None, None, False),
+        ("/somewhere/model", None, True),
+        ("/somewhere/snapshots/x", "0" * 40, True),
+        ("./model", "0" * 64, True),
+        ("owner/model", "0" * 64, True),  # as earlier versions recorded a relative path: the hub has no such commit
+        ("model.gguf", "0" * 64, True),
+        ("C:\\models\\mine", "0" * 64, True),
+    ],
+)
+def test_a_model_that_lay_on_a_disk_is_told_from_one_of_the_hub(
+    name: str | None, revision: str | None, local: bool
+) -> None:
+    assert replace(fingerprint(tiny_model(), tiny_tokenizer()), name=name, revision=revision).is_local is local
+
+
+def test_a_path_that_was_recorded_as_it_was_given_is_the_same_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that what earlier versions measured under that name is not measured again."""
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    now = replace(fingerprint(tiny_model(), tiny_tokenizer()), name=str(tmp_path / "model"), revision="1" * 64)
+    for name in ("model", "./model", str(tmp_path / "model")):
+        assert now.named_as(name).name == name
+    for name in ("other", None, "owner/model"):
+        assert now.named_as(name) == now

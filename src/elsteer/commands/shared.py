@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from elsteer.console import invocation, note, quiet
-from elsteer.errors import RunError
+from elsteer.errors import ModelError, RunError
+from elsteer.files import expanded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,7 +35,7 @@ class _File(click.Path):
     """A path; of --option=~/file the shell leaves the ~ to us."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return Path(super().convert(value, param, ctx)).expanduser()  # type: ignore[arg-type]
+        return expanded(super().convert(value, param, ctx))  # type: ignore[arg-type]
 
 
 FILE = _File(path_type=Path)
@@ -47,7 +48,7 @@ def run_folder_of(name: str, landscape: Landscape) -> Path:
     """
     from elsteer.landscape import holds
 
-    local = Path(name).expanduser()
+    local = expanded(name)
     if local.is_dir() and (local := local.resolve()).name == "landscape":
         return local.parent
     folder = Path("runs") / local.name
@@ -110,6 +111,10 @@ def load_for(found: Landscape, model: str | None, **loading: Any) -> tuple[PreTr
     name = model or found.fingerprint.name
     if name is None:
         raise click.UsageError("The landscape does not name its model: give it with --model.")
+    if model is None and found.fingerprint.is_local and not expanded(name).exists():
+        raise ModelError(
+            f"The landscape was fitted to the local model {name}, which is not there: say where it is with --model."
+        )
     loading["revision"] = loading.get("revision") or found.fingerprint.revision_of(name)
     llm, tokenizer = load_model(name, **loading)
     found.attach(llm, 0.0, tokenizer=tokenizer).remove()  # whether it fits is said now, not after the plain answers

@@ -180,8 +180,9 @@ class _Work:
         """Read what the fit left behind, and check that it is of this model."""
         self.settings, self.landscape = finished_fit(self.run.path)
         self.landscape.attach(self.model, 0.0, tokenizer=self.tokenizer).remove()
+        now = fingerprint(self.model, self.tokenizer, thinking=self.settings.collect.thinking)
         self.key = key_of(
-            fingerprint(self.model, self.tokenizer, thinking=self.settings.collect.thinking).to_dict(),
+            now.named_as(self.landscape.fingerprint.name).to_dict(),
             str(self.model.dtype),
             self.settings.collect.system,
             self.max_new_tokens,

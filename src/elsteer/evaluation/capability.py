@@ -196,7 +196,8 @@ def capability(
     run = RunFolder(out)
     known = landscape.asked_with if isinstance(landscape, Landscape) else {}
     with run.owned(), _attached(model, tokenizer, landscape, strength) as steering:
-        shown = fingerprint(model, tokenizer, known.get("thinking")).to_dict()
+        now = fingerprint(model, tokenizer, known.get("thinking"))
+        shown = (now.named_as(landscape.fingerprint.name) if isinstance(landscape, Landscape) else now).to_dict()
         key = key_of(_VERSION, shown, _identity(steering), known.get("system"), str(model.dtype))
         run.stage("capability", key, ["capability.json"])  # of another landscape, strength or dtype no figure stays
         work = _Work(

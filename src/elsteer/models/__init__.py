@@ -9,7 +9,6 @@ from elsteer.models.blocks import (
     decoder_blocks,
     decoder_of,
     hidden_size,
-    named_inputs,
     num_layers,
 )
 from elsteer.models.cache import elsteer_cache
@@ -40,7 +39,6 @@ __all__ = [
     "hidden_size",
     "left_pad",
     "load",
-    "named_inputs",
     "num_layers",
     "render_chat",
     "source_of",

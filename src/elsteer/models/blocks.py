@@ -21,7 +21,6 @@ __all__ = [
     "decoder_blocks",
     "decoder_of",
     "hidden_size",
-    "named_inputs",
     "num_layers",
 ]
 
@@ -73,14 +72,6 @@ def decoder_of(model: PreTrainedModel, path: str | None = None) -> torch.nn.Modu
         if _runs(module):
             return module
     return model
-
-
-def named_inputs(decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What a forward pre-hook (with_kwargs=True) on the decoder received, all of it by name."""
-    if not args:
-        return kwargs
-    names = _parameters(type(decoder).forward)
-    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def accepts(model: PreTrainedModel, name: str) -> bool:

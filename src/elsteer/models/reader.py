@@ -33,10 +33,11 @@ def read_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer as transformers read them from a folder or hub id, or from a GGUF file, unpacked.
 
-    Raises what transformers raises: OSError, ValueError and others; ValueError too where weights are missing.
+    Code that a repository brings along is not run. Raises what transformers raises: OSError, ValueError and others;
+    ValueError too where weights are missing, or a plain word is no token.
     """
     options: dict[str, Any] = {"dtype": dtype, "device_map": device_map, "revision": revision}
-    options["output_loading_info"] = True
+    options |= {"output_loading_info": True, "trust_remote_code": False}  # by default, transformers asks on stdin
     if gguf is not None:
         path = str(gguf.parent)
         options |= {"gguf_file": gguf.name, "quantization_config": GgufConfig(dequantize=True)}
@@ -45,7 +46,8 @@ def read_model(
     with redirect_stderr(io.StringIO()) if gguf is not None else nullcontext():
         # Mistral's own tokenizer, where it is installed, has no chat template to know a landscape by.
         own: dict[str, Any] = {"mistral_format": False} if hasattr(tokenization_auto, "_use_mistral_format") else {}
-        tokenizer = AutoTokenizer.from_pretrained(path, **own, **named)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **own, **named)
+        _check_tokenizer(tokenizer)
         try:
             model, report = AutoModelForCausalLM.from_pretrained(path, **options)
         except ValueError as error:
@@ -56,6 +58,15 @@ def read_model(
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"{len(missing)} tensors are missing from its weights, such as {missing[0]}")
     return model, tokenizer
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Where its files are missing, transformers makes a tokenizer with an empty vocabulary and goes on."""
+    ids = tokenizer("Hello", add_special_tokens=False)["input_ids"]
+    if not ids or set(ids) == {tokenizer.unk_token_id}:
+        raise ValueError(
+            "its tokenizer does not know the word 'Hello': tokenizer.json, or what else it is made of, is missing"
+        )
 
 
 @contextmanager
