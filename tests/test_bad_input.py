@@ -355,6 +355,8 @@ def test_a_mistyped_option(words: list[str], said: str, tmp_path: Path, monkeypa
         (b"training:\n  widht: 64\n", "There is no setting training.widht in"),
         (b"training: 3\n", "training in"),
         (b"seed: soon\n", "seed in"),
+        (b"seed:\n", "settings.yaml is None: it must be a valid integer"),
+        (b"widht:\n", "There is no setting widht in"),
         (b"\xff\xfe", "is not UTF-8"),
     ],
 )

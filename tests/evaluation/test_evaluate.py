@@ -6,6 +6,7 @@ import copy
 import io
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from rich.console import Console
 
 from elsteer import show
 from elsteer.errors import JudgeError, LandscapeError, PromptError, RunError
-from elsteer.evaluation.evaluate import Evaluation, evaluate
+from elsteer.evaluation.evaluate import Evaluation, _spread, evaluate
 from elsteer.judges import JUDGES, Verdict
 from elsteer.landscape import Landscape
 from elsteer.models import encode_chat
@@ -210,6 +211,31 @@ def test_quality_is_measured_on_benign_prompts_that_the_plain_model_answers(
     assert ratio.value == pytest.approx(found.quality.perplexity_ratio)
     bare = evaluated(tiny, [landscape], [suite], tmp_path / "run", quality=False)
     assert bare.quality is None
+
+
+def test_quality_is_measured_on_prompts_of_all_kinds_of_a_suite(
+    tiny: Tiny, landscape: Landscape, tmp_path: Path
+) -> None:
+    """A suite goes kind by kind: its first prompts are of one."""
+    kinds = [replace(one, category="early" if at < 20 else "late") for at, one in enumerate(PROMPTS)]
+    found = evaluated(tiny, [landscape], [written(tmp_path / "mine.jsonl", kinds)], tmp_path / "run")
+    category = {row["prompt_id"]: row["category"] for row in found.rows}
+    assert {category[one] for one in found.answers["els"]} == {"early", "late"}
+    assert len(found.answers["els"]) == 6
+    assert _spread([3, 5, 8], 6) == _spread([3, 5, 8], 3) == [3, 5, 8]
+    assert _spread(list(range(10)), 4) == [0, 2, 5, 7]
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", "[" * 100_000, "\udce9"])
+def test_a_damaged_list_of_pictures_has_them_drawn_anew(
+    damage: str, tiny: Tiny, landscape: Landscape, suite: Path, tmp_path: Path
+) -> None:
+    evaluated(tiny, [landscape], [suite], tmp_path / "run", quality=False)
+    marks = tmp_path / "run/evaluation/pictures.json"
+    before = marks.read_bytes()
+    marks.write_text(damage, errors="surrogateescape")
+    evaluated(tiny, [landscape], [suite], tmp_path / "run", quality=False)
+    assert marks.read_bytes() == before
 
 
 def test_at_strength_0_nothing_differs(tiny: Tiny, landscape: Landscape, suite: Path, tmp_path: Path) -> None:

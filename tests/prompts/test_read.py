@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -193,6 +195,12 @@ def test_a_file_of_ten_megabytes_is_read_in_seconds(write: Write) -> None:
     assert time.process_time() - started < 10
 
 
+def test_files_are_read_without_waiting_for_torch(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("Hello\n")
+    script = f"import sys; from elsteer.prompts import read_prompts; read_prompts({str(tmp_path / 'mine.txt')!r}, harmful=False)"
+    subprocess.run([sys.executable, "-c", f"{script}; assert 'torch' not in sys.modules"], check=True)
+
+
 def test_a_hub_that_cannot_be_reached_is_noticed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
@@ -235,7 +243,7 @@ def test_what_the_hub_says_becomes_one_sentence(monkeypatch: pytest.MonkeyPatch,
         raise ValueError(said_by_hub)
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("elsteer.prompts.hub.hub_problem", lambda: None)
+    monkeypatch.setattr("elsteer.models.hub.hub_problem", lambda: None)
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     with pytest.raises(PromptError, match=said) as caught:
         read_prompts("a/b")
@@ -257,7 +265,7 @@ def test_a_hub_data_set_is_read_with_its_configuration_and_split(monkeypatch: py
         asked.append((path, name, split, revision))
         return Dataset.from_list(ROWS)
 
-    monkeypatch.setattr("elsteer.prompts.hub.hub_problem", lambda: None)
+    monkeypatch.setattr("elsteer.models.hub.hub_problem", lambda: None)
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     prompts = read_prompts("a/b:c", split="test", revision="abc")
     assert [p.text for p in prompts] == [row["prompt"] for row in ROWS]

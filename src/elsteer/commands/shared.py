@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from elsteer.console import invocation, note, quiet
+from elsteer.files import expanded
+from elsteer.text import half_character
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,10 +32,13 @@ Command = Callable[..., Any]
 
 
 class _File(click.Path):
-    """A path; of --option=~/file the shell leaves the ~ to us."""
+    """A path whose name can be written into reports; of --option=~/file the shell leaves the ~ to us."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return Path(super().convert(value, param, ctx)).expanduser()  # type: ignore[arg-type]
+        path = expanded(super().convert(value, param, ctx))  # type: ignore[arg-type]
+        if half_character(str(path)):
+            self.fail(f"{str(path)!a} is not UTF-8: rename it.", param, ctx)
+        return path
 
 
 FILE = _File(path_type=Path)
@@ -41,7 +46,7 @@ FILE = _File(path_type=Path)
 
 def run_folder_of(landscape: str) -> Path:
     """Where what is measured of a landscape goes by default: its run folder; runs/NAME where it lies elsewhere."""
-    local = Path(landscape).expanduser()
+    local = expanded(landscape)
     if local.is_dir() and (local := local.resolve()).name == "landscape":
         return local.parent
     return Path("runs") / local.name
@@ -90,7 +95,14 @@ def judge_options(command: Command) -> Command:
     return command
 
 
+def _check(name: str) -> None:
+    """Raises click.UsageError for a name that could not be written into reports, where the command stands."""
+    if half_character(name):
+        raise click.UsageError(f"The name {name!a} is not UTF-8: rename it.")
+
+
 def read_landscape(name: str) -> Landscape:
+    _check(name)
     from elsteer.landscape import Landscape
 
     return Landscape.from_pretrained(name)
@@ -109,6 +121,7 @@ def load_for(found: Landscape, model: str | None, **loading: Any) -> tuple[PreTr
 
 def load_model(name: str, **loading: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """loading: the values of `model_options`."""
+    _check(name)
     note(f"Loading {name}")
     from elsteer.models import load
 
