@@ -437,7 +437,7 @@ def test_a_model_json_with_other_kinds_of_entries_is_told(name: str, tiny: Tiny,
 
 def test_settings_of_another_version_are_told_in_a_sentence(tmp_path: Path) -> None:
     file = tmp_path / "settings.yaml"
-    for words in ("collect: {no_such_setting: 1}", "seed: [", "", "- a list"):
+    for words in ("collect: {no_such_setting: 1}", "seed: [", "", "- a list", "seed: 2024-02-30", "[" * 5000):
         file.write_text(words, encoding="utf-8")
         with pytest.raises(RunError, match="does not hold settings"):
             FitSettings.read(file)

@@ -67,6 +67,11 @@ def test_a_file_or_a_path_below_a_file_is_no_folder(tmp_path: Path) -> None:
             pass
 
 
+def test_the_home_folder_of_nobody_is_told() -> None:
+    with pytest.raises(RunError, match="~no-such-user/run lies in the home folder of nobody known here"):
+        RunFolder("~no-such-user/run")
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_that_may_not_be_written_is_told(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)

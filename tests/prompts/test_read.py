@@ -137,6 +137,8 @@ def test_other_column_names_can_be_given(write: Write) -> None:
         ("p.jsonl", '{"messages": [{"role": "human", "content": "x"}], "harmful": 1}', "the role 'human'; the roles"),
         ("p.jsonl", '{"messages": [{"role": "user", "content": 1}], "harmful": 1}', "content of message 1 is a number"),
         ("p.jsonl", '{"prompt": "\\ud800", "harmful": 1}', "line 1: the prompt holds half of a character"),
+        ("p.jsonl", '{"prompt": "x", "harmful": 1, "id": "a\\udc00"}', "line 1: 'id' holds half of a character"),
+        ("p.jsonl", '{"prompt": "x", "harmful": 1, "source": "\\ud800"}', "line 1: 'source' holds half of a character"),
         ("p.jsonl", '{"prompt": "x", "harmful": 1, "category": []}', "'category' is a list; it must be text"),
         ("p.csv", "prompt,harmful\na, b,1\n", "line 2 has 3 fields where the header has 2: put quotes"),
         ("p.csv", 'prompt,harmful\n"a\nb",1\n"c,1\n', "line 4 is broken .*every quote is closed"),
@@ -153,6 +155,12 @@ def test_a_bad_file_gets_one_sentence_with_its_place(write: Write, name: str, co
         read_prompts(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "caf\udce9.txt").write_text("Hello\n")
+    with pytest.raises(PromptError, match=r"caf\\udce9\.txt' is not UTF-8: rename the file"):
+        read_prompts(tmp_path / "caf\udce9.txt", harmful=False)
 
 
 def test_the_last_message_must_be_the_users(write: Write) -> None:

@@ -96,9 +96,10 @@ def judge_options(command: Command) -> Command:
 
 
 def _check(name: str) -> None:
-    """Raises click.UsageError for a name that could not be written into reports, where the command stands."""
+    """Raises click.UsageError for a name that could not be written into reports, RunError for one in the home of nobody."""
     if half_character(name):
         raise click.UsageError(f"The name {name!a} is not UTF-8: rename it.")
+    expanded(name)
 
 
 def read_landscape(name: str) -> Landscape:
