@@ -218,10 +218,10 @@ def test_quality_is_measured_on_prompts_of_all_kinds_of_a_suite(
 ) -> None:
     """A suite goes kind by kind: its first prompts are of one."""
     kinds = [replace(one, category="early" if at < 20 else "late") for at, one in enumerate(PROMPTS)]
-    found = evaluated(tiny, [landscape], [written(tmp_path / "mine.jsonl", kinds)], tmp_path / "run")
+    mine = written(tmp_path / "mine.jsonl", kinds)
+    found = evaluated(tiny, [landscape], [mine], tmp_path / "run", quality_prompts=2)
     category = {row["prompt_id"]: row["category"] for row in found.rows}
-    assert {category[one] for one in found.answers["els"]} == {"early", "late"}
-    assert len(found.answers["els"]) == 6
+    assert sorted(category[one] for one in found.answers["els"]) == ["early", "late"]
     assert _spread([3, 5, 8], 6) == _spread([3, 5, 8], 3) == [3, 5, 8]
     assert _spread(list(range(10)), 4) == [0, 2, 5, 7]
 
