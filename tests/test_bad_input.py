@@ -407,7 +407,10 @@ def test_a_full_disk_while_evaluating(here: Path, disk: Callable[[str], Path]) -
         (["evaluate", "m", "--suite", "starter", "--judge", "mother"], "There is no judge called 'mother'"),
         (["evaluate", "m", "--suite", "starter", "--limit", "0"], "0 is not in the range x>=1"),
         (["evaluate", "m", "--suite", "caf\udce9.jsonl"], "The name 'caf\\udce9.jsonl' is not UTF-8: rename the file"),
-        (["evaluate", "m", "--suite", "~no-such-user/x.jsonl"], "~no-such-user/x.jsonl lies in the home folder of nobody"),
+        (
+            ["evaluate", "m", "--suite", "~no-such-user/x.jsonl"],
+            "~no-such-user/x.jsonl lies in the home folder of nobody",
+        ),
         (["evaluate", "caf\udce9", "--suite", "starter"], "The name 'caf\\udce9' is not UTF-8: rename it"),
         (["inspect", "~no-such-user/landscape"], "the home folder of nobody known here: give the path in full"),
         (["fit", "caf\udce9"], "The name 'caf\\udce9' is not UTF-8: rename it"),

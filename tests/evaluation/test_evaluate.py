@@ -6,7 +6,6 @@ import copy
 import io
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -213,15 +212,13 @@ def test_quality_is_measured_on_benign_prompts_that_the_plain_model_answers(
     assert bare.quality is None
 
 
-def test_quality_is_measured_on_prompts_of_all_kinds_of_a_suite(
-    tiny: Tiny, landscape: Landscape, tmp_path: Path
-) -> None:
+def test_quality_is_measured_all_over_a_suite(tiny: Tiny, landscape: Landscape, suite: Path, tmp_path: Path) -> None:
     """A suite goes kind by kind: its first prompts are of one."""
-    kinds = [replace(one, category="early" if at < 20 else "late") for at, one in enumerate(PROMPTS)]
-    mine = written(tmp_path / "mine.jsonl", kinds)
-    found = evaluated(tiny, [landscape], [mine], tmp_path / "run", quality_prompts=2)
-    category = {row["prompt_id"]: row["category"] for row in found.rows}
-    assert sorted(category[one] for one in found.answers["els"]) == ["early", "late"]
+    found = evaluated(tiny, [landscape], [suite], tmp_path / "run", quality_prompts=3)
+    plain = [row for row in found.rows if row["method"] == "none" and not row["harmful"]]
+    answered = [row["prompt_id"] for row in plain if row["label"] == "compliance"]
+    assert len(answered) >= 6
+    assert set(found.answers["els"]) == {answered[at * len(answered) // 3] for at in range(3)}
     assert _spread([3, 5, 8], 6) == _spread([3, 5, 8], 3) == [3, 5, 8]
     assert _spread(list(range(10)), 4) == [0, 2, 5, 7]
 
