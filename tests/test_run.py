@@ -13,6 +13,7 @@ import pytest
 
 from elsteer.errors import RunError
 from elsteer.files import write_jsonl
+from elsteer.models import elsteer_cache
 from elsteer.prompts import Prompt
 from elsteer.run import RunFolder, key_of, told_apart, without_nan
 
@@ -67,9 +68,12 @@ def test_a_file_or_a_path_below_a_file_is_no_folder(tmp_path: Path) -> None:
             pass
 
 
-def test_the_home_folder_of_nobody_is_told() -> None:
+def test_the_home_folder_of_nobody_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RunError, match="~no-such-user/run lies in the home folder of nobody known here"):
         RunFolder("~no-such-user/run")
+    monkeypatch.setenv("ELSTEER_CACHE", "~no-such-user/cache")
+    with pytest.raises(RunError, match="give the path in full"):
+        elsteer_cache()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

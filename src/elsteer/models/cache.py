@@ -6,6 +6,8 @@ import hashlib
 import os
 from pathlib import Path
 
+from elsteer.files import expanded
+
 __all__ = ["elsteer_cache", "sha256_of", "weights_digest"]
 
 _SAMPLE = 1 << 20
@@ -14,8 +16,8 @@ _SAMPLE = 1 << 20
 def elsteer_cache() -> Path:
     """$ELSTEER_CACHE, or elsteer in $XDG_CACHE_HOME, or ~/.cache/elsteer. Not created here."""
     if own := os.environ.get("ELSTEER_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "elsteer"
+        return expanded(own)
+    return expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "elsteer"
 
 
 def sha256_of(path: Path) -> str:
