@@ -17,6 +17,7 @@ from commands import FAST, elsteer, one_sentence, save_tiny, started, stop_when,
 from elsteer.cli import app
 from elsteer.console import Application
 from elsteer.errors import RunError
+from elsteer.files import write_jsonl
 from elsteer.landscape import Landscape
 from elsteer.prompts import load_suite, read_prompts
 from elsteer.run import RunFolder
@@ -220,6 +221,75 @@ def test_a_truncated_file_of_a_run(here: Path, tmp_path: Path, file: str) -> Non
     assert elsteer(*fit).exit_code == 0, "doing what it says mends it"
 
 
+@pytest.mark.parametrize("command", ["fit", "compare"])
+@pytest.mark.parametrize(
+    ("file", "field"),
+    [
+        ("completions.jsonl", "label"),
+        ("completions.jsonl", "prompt_id"),
+        ("dev.jsonl", "text"),
+        ("frontier.jsonl", "key"),
+        ("frontier.jsonl", "trial"),
+        ("prompts.jsonl", "messages"),
+        ("prompts.jsonl", "split"),
+        ("prompts.jsonl", "harmful"),
+    ],
+)
+def test_a_row_of_a_run_that_lacks_a_field(here: Path, tmp_path: Path, command: str, file: str, field: str) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(here / "run", run)
+    rows = _rows(run / file)
+    del rows[2][field]
+    write_jsonl(run / file, rows)
+    words: dict[str, list[str | Path]] = {
+        "fit": [*_both(here), *FAST],
+        "compare": [here / "model", "--suite", here / "mine.jsonl", "--methods", "els,caa", "--judge", "coin"],
+    }
+    words["compare"] += ["--budget", "2", "--finalists", "1", "--max-new-tokens", "4"]
+    result = elsteer(command, *words[command], "--run-dir", run)
+    if (command, file) == ("fit", "prompts.jsonl"):  # it is written anew
+        assert result.exit_code == 0, result.stderr
+    else:
+        told = f"{file}, line 3 is damaged or of another version: delete that file and run the stage again"
+        assert told in one_sentence(result)
+
+
+@pytest.mark.parametrize(
+    ("row", "file"), [("[]", "dev.jsonl"), ("3", "completions.jsonl"), ('{"key": "x", "trial": []}', "frontier.jsonl")]
+)
+def test_a_row_of_a_run_that_is_something_else(here: Path, tmp_path: Path, row: str, file: str) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(here / "run", run)
+    with (run / file).open("a", encoding="utf-8") as log:
+        log.write(row + "\n")
+    said = one_sentence(elsteer("fit", *_both(here), "--run-dir", run, *FAST))
+    assert f"{file}, line {len(_rows(run / file))} is damaged or of another version" in said
+    (run / file).unlink()
+    assert elsteer("fit", *_both(here), "--run-dir", run, *FAST).exit_code == 0, "doing what it says mends it"
+
+
+def test_a_run_whose_settings_or_training_are_something_else(here: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(here / "run", run)
+    (run / "energy/10/training.json").write_text("[]")
+    assert "energy/10 is damaged" in one_sentence(elsteer("fit", *_both(here), "--run-dir", run, *FAST))
+    (run / "settings.yaml").unlink()
+    (run / "settings.yaml").mkdir()
+    compare = ["compare", here / "model", "--run-dir", run, "--suite", here / "mine.jsonl", "--methods", "els"]
+    assert "settings.yaml does not hold settings" in one_sentence(elsteer(*compare))
+    assert "settings.yaml could not be written" in one_sentence(elsteer("fit", *_both(here), "--run-dir", run, *FAST))
+
+
+def test_a_landscape_whose_prompts_were_asked_with_what_is_no_text(here: Path, tmp_path: Path) -> None:
+    for name, value in (("system", 5), ("thinking", "no")):
+        found = Landscape.from_pretrained(here / "run" / "landscape")
+        settings = found.provenance["settings"]
+        collect = {**settings["collect"], name: value}
+        found.with_provenance(settings={**settings, "collect": collect}).save_pretrained(tmp_path / name)
+        said = one_sentence(elsteer("evaluate", tmp_path / name, "--suite", here / "mine.jsonl", "--judge", "coin"))
+        assert "system prompt of its settings must be text" in said
+
+
 def test_two_at_once_on_one_folder(here: Path) -> None:
     with RunFolder(here / "run").owned():
         said = one_sentence(elsteer("fit", *_both(here), "--run-dir", here / "run", *FAST))
@@ -337,6 +407,18 @@ def test_a_full_disk_while_evaluating(here: Path, disk: Callable[[str], Path]) -
         (["evaluate", "m", "--suite", "starter", "--judge", "mother"], "There is no judge called 'mother'"),
         (["evaluate", "m", "--suite", "starter", "--limit", "0"], "0 is not in the range x>=1"),
         (["evaluate", "m", "--suite", "caf\udce9.jsonl"], "The name 'caf\\udce9.jsonl' is not UTF-8: rename the file"),
+        (
+            ["evaluate", "m", "--suite", "~no-such-user/x.jsonl"],
+            "~no-such-user/x.jsonl lies in the home folder of nobody",
+        ),
+        (["evaluate", "caf\udce9", "--suite", "starter"], "The name 'caf\\udce9' is not UTF-8: rename it"),
+        (["inspect", "~no-such-user/landscape"], "the home folder of nobody known here: give the path in full"),
+        (["fit", "caf\udce9"], "The name 'caf\\udce9' is not UTF-8: rename it"),
+        (["fit", "~no-such-user/model"], "~no-such-user/model lies in the home folder of nobody"),
+        (["fit", "m", "--run-dir", "caf\udce9"], "'caf\\udce9' is not UTF-8: rename it"),
+        (["fit", "m", "--run-dir", "~no-such-user"], "~no-such-user lies in the home folder of nobody known here"),
+        (["fit", "m", "--prompts", "caf\udce9.jsonl"], "The name 'caf\\udce9.jsonl' is not UTF-8: rename the file"),
+        (["fit", "m", "--seed", "99999999999999999999"], "--seed is 99999999999999999999: it must be less than"),
         (["judge", "--agreement", "nope.jsonl"], "There is no file nope.jsonl"),
         (["no-such-command"], "No such command 'no-such-command'"),
     ],
@@ -355,7 +437,15 @@ def test_a_mistyped_option(words: list[str], said: str, tmp_path: Path, monkeypa
         (b"training:\n  widht: 64\n", "There is no setting training.widht in"),
         (b"training: 3\n", "training in"),
         (b"seed: soon\n", "seed in"),
+        (b"seed:\n", "settings.yaml is None: it must be a valid integer"),
+        (b"widht:\n", "There is no setting widht in"),
         (b"\xff\xfe", "is not UTF-8"),
+        (b"seed: 2024-02-30\n", "is not YAML: day is out of range for month"),
+        (b"seed: " + b"[" * 5000, "is not YAML: it is nested too deeply"),
+        (b"seed: 1e23\n", "is '1e23': it must be a valid integer"),
+        (b"seed: 1.0e+23\n", "is 1e+23: it must be a smaller number"),
+        (b"seed: 99999999999999999999\n", "is 99999999999999999999: it must be less than"),
+        (b"collect:\n  system: 5\n", "is 5: it must be a valid string"),
     ],
 )
 def test_a_wrong_settings_file(here: Path, tmp_path: Path, text: bytes, said: str) -> None:

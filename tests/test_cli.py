@@ -21,6 +21,7 @@ from elsteer.console import ProgressBars, note, screen
 from elsteer.judges import JUDGES, Verdict
 from elsteer.landscape import Landscape
 from elsteer.models.chat import template_hash
+from elsteer.options import read_settings
 from elsteer.prompts import load_suite
 from elsteer.settings import FitSettings
 from fake_hub import WRITER, fake_hub
@@ -153,6 +154,13 @@ def test_flags_win_over_the_settings_file(here: Path, tmp_path: Path) -> None:
     assert (kept["training"]["temperature"], kept["training"]["width"]) == (0.7, 8)
     assert kept["tuning"]["etas"] == [2.0, 6.0]
     assert kept["tuning"]["gates"] == [None]
+
+
+def test_null_in_a_settings_file_is_a_value_and_a_heading_alone_is_none(tmp_path: Path) -> None:
+    config = tmp_path / "settings.yaml"
+    config.write_text("attacks: null\nlimit: null\ncollect:\n  system: null\ntraining:\ntuning:\n", encoding="utf-8")
+    with click.Context(click.Command("fit")):
+        assert read_settings(FitSettings, config) == FitSettings(attacks=())
 
 
 def test_the_settings_of_a_run_can_be_given_back(here: Path, tmp_path: Path) -> None:

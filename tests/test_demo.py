@@ -14,6 +14,7 @@ from elsteer import demo as module
 from elsteer import fitting
 from elsteer.demo import HARDER, LONGEST, decode_overhead, demo, fast_dtype, training_prompts
 from elsteer.errors import NothingHelps
+from elsteer.evaluation.statistics import Interval
 from elsteer.judges import JUDGES
 from elsteer.prompts import Prompt, load_starter, starter
 from landscapes import tiny_landscape
@@ -148,6 +149,20 @@ def test_another_rule_landscape_precision_or_model_is_timed_anew(
     other[0].bfloat16()
     module._overhead(*other, tiny_landscape(other[0], rule=wider.rule, hidden=(8, 8)), tmp_path, None)
     assert len(timed) == 5
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", "", '{"key": KEY}'])
+def test_a_damaged_file_of_the_timing_has_it_timed_anew(
+    damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "decode_overhead", lambda *_, **__: Interval(1.5, 1.0, 2.0, 7))
+    tiny = speaker()
+    landscape, path = tiny_landscape(tiny[0]), tmp_path / "evaluation/overhead.json"
+    module._overhead(*tiny, landscape, tmp_path, None)
+    before = path.read_text()
+    path.write_text(damage.replace("KEY", json.dumps(json.loads(before)["key"])))
+    assert module._overhead(*tiny, landscape, tmp_path, None).n == 7
+    assert path.read_text() == before
 
 
 def test_timing_leaves_the_model_plain(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from elsteer.comparison.compare import finished_fit
 from elsteer.energy.refine import SteeredProducts
 from elsteer.errors import JudgeError, LandscapeError, NothingHelps, PromptError, RunError, SteeringError
-from elsteer.fitting import collect, fit
+from elsteer.fitting import check_model, collect, fit
 from elsteer.judges import JUDGES, Verdict
 from elsteer.landscape import Landscape
 from elsteer.models import encode_chat, fingerprint, left_pad
@@ -117,10 +117,11 @@ def test_it_writes_the_run_folder(whole: tuple[Landscape, Path]) -> None:
     prompts = rows_of(folder / "prompts.jsonl")
     assert [row["id"] for row in prompts if row["split"] == "train"] == [prompt.id for prompt in TRAIN]
     assert [row["id"] for row in prompts if row["split"] == "dev"] == [prompt.id for prompt in DEV]
+    assert [row["id"] for row in prompts if row["split"] == "neutral"] == [prompt.id for prompt in NEUTRAL]
     assert sorted(row["prompt_id"] for row in rows_of(folder / "completions.jsonl")) == sorted(p.id for p in TRAIN)
     assert sorted(row["prompt_id"] for row in rows_of(folder / "dev.jsonl")) == sorted(p.id for p in DEV)
     assert (folder / "frontier.png").read_bytes().startswith(b"\x89PNG")
-    assert set(json.loads((folder / "stages.json").read_text())) == {"collect", "energy", "tune"}
+    assert set(json.loads((folder / "stages.json").read_text())) == {"inputs", "collect", "energy", "tune"}
     assert sum(found.provenance["outcomes"].values()) == len(TRAIN)
     assert found.provenance["dev"]["prompts"] == len(DEV)
     assert found.provenance["dev"]["benign"] == len(DEV) // 2
@@ -393,9 +394,50 @@ def test_where_a_stage_is_done_anew_and_killed_no_landscape_of_before_stands_for
         finished_fit(tmp_path)
 
 
+@pytest.mark.parametrize("changed", ["settings", "prompts"])
+def test_changed_and_stopped_before_any_stage_is_done_anew_it_leaves_no_result_of_before(
+    changed: str, tiny: Tiny, tmp_path: Path
+) -> None:
+    """Beside the settings and prompts of now, a landscape of those before would pass for theirs."""
+    with contextlib.suppress(NothingHelps):
+        fitted(tiny, tmp_path)
+    result = [tmp_path / "landscape", tmp_path / "frontier.png"]
+    settings = tiny_settings(tuning=HELPS)
+    stop = dies_at("answering the training prompts", 1)
+    with pytest.raises(Killed):
+        fitted(tiny, tmp_path, progress=stop)
+    assert all(path.exists() for path in result), "nothing has changed"
+    training = settings.training.model_copy(update={"ridge": 0.5})
+    options = {
+        "settings": {"settings": settings.model_copy(update={"training": training})},
+        "prompts": {"prompts": TRAIN[:-1]},
+    }
+    with pytest.raises(Killed):
+        fitted(tiny, tmp_path, progress=dies_at("answering the training prompts", 1), **options[changed])
+    assert not any(path.exists() for path in result)
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"\xff", b"[" * 100_000, b"null"])
+def test_a_damaged_model_json_is_told(damage: bytes, tiny: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "model.json").write_bytes(damage)
+    with pytest.raises(RunError, match=r"model\.json is damaged: delete it"):
+        check_model(tmp_path, *tiny, tiny_settings())
+
+
+@pytest.mark.parametrize("name", ["num_layers", "weights"])
+def test_a_model_json_with_other_kinds_of_entries_is_told(name: str, tiny: Tiny, tmp_path: Path) -> None:
+    told = fingerprint(*tiny).to_dict()
+    (tmp_path / "model.json").write_text(json.dumps(told))
+    check_model(tmp_path, *tiny, tiny_settings())
+    told[name] = {key: ["x"] * 8 for key in told["weights"]} if name == "weights" else {}
+    (tmp_path / "model.json").write_text(json.dumps(told))
+    with pytest.raises(RunError, match=r"is damaged: delete it|another model"):
+        check_model(tmp_path, *tiny, tiny_settings())
+
+
 def test_settings_of_another_version_are_told_in_a_sentence(tmp_path: Path) -> None:
     file = tmp_path / "settings.yaml"
-    for words in ("collect: {no_such_setting: 1}", "seed: [", "", "- a list"):
+    for words in ("collect: {no_such_setting: 1}", "seed: [", "", "- a list", "seed: 2024-02-30", "[" * 5000):
         file.write_text(words, encoding="utf-8")
         with pytest.raises(RunError, match="does not hold settings"):
             FitSettings.read(file)
@@ -613,6 +655,17 @@ def test_a_disk_without_room_for_the_states_is_told_at_once(
     assert sum(file.stat().st_size for file in (alone / "states").iterdir()) > 0, "what is needed is what is written"
 
 
+def test_the_states_that_energies_without_a_context_are_trained_on_need_room_too(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refined = tiny_settings(tuning=HELPS, training={"refine_epochs": 1, "refine_units": 2, "context_blocks": 0})
+    fitted(tiny, tmp_path, settings=refined)
+    shutil.rmtree(tmp_path / "energy")
+    monkeypatch.setattr("elsteer.fitting.shutil.disk_usage", lambda _: SimpleNamespace(free=10))
+    with pytest.raises(RunError, match="--run-dir on a larger disk"):
+        fitted(tiny, tmp_path, settings=refined)
+
+
 def test_what_no_setting_could_keep_is_said_before_anything_is_trained(tiny: Tiny, tmp_path: Path) -> None:
     stages: list[str] = []
     strict = tiny_settings(tuning={**HELPS, "safety_margin": 0.5})
@@ -766,6 +819,38 @@ def test_energies_that_were_trained_anew_leave_no_trials_of_the_old(tiny: Tiny, 
     assert passes
 
 
+def test_killed_where_energies_are_saved_it_leaves_no_trials_of_the_old(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fitted(tiny, tmp_path)
+    shutil.rmtree(tmp_path / "energy")
+
+    def saved(*given: Any) -> None:
+        save_energies(*given)
+        raise Killed
+
+    monkeypatch.setattr("elsteer.training.save_energies", saved)
+    with pytest.raises(Killed):
+        fitted(tiny, tmp_path)
+    assert not (tmp_path / "frontier.jsonl").exists()
+
+
+@pytest.mark.parametrize(("gates", "read"), [([None], False), ([None, 0.25], True)])
+def test_states_of_dev_prompts_are_read_where_a_gate_needs_them(
+    gates: list[float | None], read: bool, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders, plain = [], StateStore.read
+
+    def told(store: StateStore, *given: Any, **more: Any) -> Any:
+        folders.append(store.folder.name)
+        return plain(store, *given, **more)
+
+    monkeypatch.setattr(StateStore, "read", told)
+    with contextlib.suppress(NothingHelps):
+        fitted(tiny, tmp_path, settings=tiny_settings(tuning={**HELPS, "gates": gates}))
+    assert ("dev_states" in folders) == read
+
+
 def test_a_collection_beside_a_landscape_asks_as_its_fit_did(tiny: Tiny, tmp_path: Path) -> None:
     asking = tiny_settings(tuning=HELPS, collect={"system": "Be kind."})
     found = fitted(tiny, tmp_path / "fit", settings=asking)
@@ -798,6 +883,14 @@ def test_damaged_energies_are_told(tiny: Tiny, tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(RunError, match=r"energy/1 is damaged: delete it and run the same command again"):
         fitted(tiny, tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["[]", "{", "null", '{"outcomes": {}, "auroc": [], "epochs": {}}', "[" * 100_000])
+def test_a_damaged_word_on_the_training_is_told(damage: str, tmp_path: Path) -> None:
+    save_energies(tmp_path / "energy", Energies({0: {"weight": torch.ones(3)}}, {}, {}, {}, {}))
+    (tmp_path / "energy/training.json").write_text(damage)
+    with pytest.raises(RunError, match="energy is damaged: delete it and run the same command again"):
+        read_energies(tmp_path / "energy")
 
 
 def test_a_product_s_energies_for_one_more_weight_follow_from_the_first(tiny: Tiny, tmp_path: Path) -> None:

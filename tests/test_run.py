@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from elsteer.errors import RunError
+from elsteer.files import write_jsonl
+from elsteer.models import elsteer_cache
 from elsteer.prompts import Prompt
 from elsteer.run import RunFolder, key_of, told_apart, without_nan
 
@@ -66,6 +68,14 @@ def test_a_file_or_a_path_below_a_file_is_no_folder(tmp_path: Path) -> None:
             pass
 
 
+def test_the_home_folder_of_nobody_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RunError, match="~no-such-user/run lies in the home folder of nobody known here"):
+        RunFolder("~no-such-user/run")
+    monkeypatch.setenv("ELSTEER_CACHE", "~no-such-user/cache")
+    with pytest.raises(RunError, match="give the path in full"):
+        elsteer_cache()
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_that_may_not_be_written_is_told(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
@@ -107,10 +117,19 @@ def test_killed_while_old_files_are_deleted_what_is_left_does_not_pass_for_whole
     assert not (run / "energy").exists()
 
 
-def test_damaged_keys_are_told(tmp_path: Path) -> None:
-    (tmp_path / "stages.json").write_text("{")
+@pytest.mark.parametrize("damage", ["", "{", "[]", "3", "[" * 100_000])
+def test_damaged_keys_are_told(damage: str, tmp_path: Path) -> None:
+    (tmp_path / "stages.json").write_text(damage)
     with pytest.raises(RunError, match=r"stages\.json is damaged: delete it"):
         RunFolder(tmp_path).stages()
+
+
+def test_prompts_of_a_split_are_read_as_they_were_given(tmp_path: Path) -> None:
+    run, prompts = RunFolder(tmp_path), [Prompt.of("Kill it?", False, source="mine"), Prompt.of("Steal it.", True)]
+    assert run.prompts("train") == []
+    write_jsonl(run / "prompts.jsonl", [{**one.to_row(), "split": "dev"} for one in prompts])
+    assert run.prompts("dev") == prompts
+    assert run.prompts("neutral") == []
 
 
 def test_keys_tell_values_apart_but_not_the_order_of_names() -> None:

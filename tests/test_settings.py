@@ -25,6 +25,8 @@ def test_settings_written_as_yaml_are_read_as_they_were() -> None:
     "wrong",
     [
         {"sed": 1},
+        {"seed": -1},
+        {"seed": 2**32},
         {"dev_share": 0},
         {"dev_share": 1},
         {"limit": 15},

@@ -34,7 +34,7 @@ from elsteer.decoding import (
 )
 from elsteer.energy.context import values_of
 from elsteer.errors import PromptError, RunError
-from elsteer.files import append_jsonl, read_jsonl
+from elsteer.files import append_jsonl, read_rows
 from elsteer.judges import Judge, Verdict, judge_all
 from elsteer.models import context_length, decoder_blocks, encode_chat
 from elsteer.prompts import Prompt
@@ -293,9 +293,13 @@ def complete(
 
 def read_completions(path: Path, extra: dict[str, Any] | None = None) -> dict[str, Completion]:
     """What `complete` wrote to `path`, by prompt id; only rows with these `extra` fields. No file gives none."""
-    names = Completion.__dataclass_fields__
-    rows = (row for row in read_jsonl(path) if all(row.get(key) == value for key, value in (extra or {}).items()))
-    return {row["prompt_id"]: Completion(**{name: row[name] for name in names}) for row in rows}
+
+    def of(row: dict[str, Any]) -> Completion | None:
+        if any(row.get(key) != value for key, value in (extra or {}).items()):
+            return None
+        return Completion(**{name: row[name] for name in Completion.__dataclass_fields__})
+
+    return {one.prompt_id: one for one in read_rows(path, of) if one is not None}
 
 
 def _answer(

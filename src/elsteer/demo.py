@@ -18,7 +18,7 @@ from elsteer.errors import NothingHelps, PromptError, RunError
 from elsteer.evaluation.evaluate import Evaluation, evaluate
 from elsteer.evaluation.overhead import decode_times, time_ratio
 from elsteer.evaluation.statistics import Interval
-from elsteer.files import read_json, write_json
+from elsteer.files import expanded, read_json, write_json
 from elsteer.fitting import fit
 from elsteer.landscape import Landscape
 from elsteer.models import effective_thinking, left_pad, load
@@ -90,7 +90,7 @@ def demo(
     dtype "auto": `fast_dtype`. Raises what `load`, `fit` and `evaluate` raise; where nothing helps, the evaluation still
     shows the plain model (strength 0) before NothingHelps is raised again.
     """
-    run_dir = Path(run_dir).expanduser()
+    run_dir = expanded(run_dir)
     chosen = fast_dtype() if dtype == "auto" else dtype
     timings: dict[str, float] = {}
     start = time.perf_counter()
@@ -180,7 +180,7 @@ def _overhead(
     path = run_dir / "evaluation" / "overhead.json"
     key = key_of(landscape.rule.to_dict(), landscape.digest(), str(model.dtype), landscape.fingerprint.to_dict())
     told = read_json(path)
-    if isinstance(told, dict) and told.get("key") == key:
+    if isinstance(told, dict) and told.get("key") == key and told.keys() >= {"value", "low", "high", "n"}:
         return Interval(told["value"], told["low"], told["high"], told["n"])
     found = decode_overhead(
         model,

@@ -8,7 +8,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from elsteer.errors import RunError
 
@@ -17,11 +17,22 @@ __all__ = [
     "expanded",
     "read_json",
     "read_jsonl",
+    "read_rows",
     "whole_path",
     "write_atomic",
     "write_json",
     "write_jsonl",
 ]
+
+Made = TypeVar("Made")
+
+
+def expanded(path: str | Path) -> Path:
+    """`path` with the home folder in place of ~. Raises RunError where ~NAME names nobody."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise RunError(f"{path} lies in the home folder of nobody known here: give the path in full.") from error
 
 
 def _explain(error: OSError, path: Path) -> RunError:
@@ -32,14 +43,6 @@ def _explain(error: OSError, path: Path) -> RunError:
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         return RunError(f"{path} may not be written: choose another folder or change its permissions.")
     return RunError(f"{path} could not be written: {error.strerror or error}.")
-
-
-def expanded(path: str | Path) -> Path:
-    """`path` with the home folder for its ~; as it is written where that names no user, as in a shell."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        return Path(path)
 
 
 def whole_path(path: Path) -> Path:
@@ -82,7 +85,7 @@ def read_json(path: Path) -> Any:
     """What the JSON file `path` holds; None where there is none, or it is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 
@@ -121,15 +124,28 @@ def _end_of_last_line(file: Any, size: int) -> int:
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     """Rows of a JSONL log that elsteer wrote itself; an unfinished last line (a crash) is left out, no file gives no rows."""
+    return read_rows(path, lambda row: row)
+
+
+def read_rows(path: Path, made: Callable[[dict[str, Any]], Made]) -> Iterator[Made]:
+    """`made(row)` of the rows that `read_jsonl` gives. Raises RunError for a row that is none, or that it can make nothing of."""
     if not path.exists():
         return
-    with path.open("rb") as file:
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise RunError(f"{path} could not be read: {error.strerror or error}.") from error
+    with file:
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
                 return
             try:
-                yield json.loads(line)
-            except ValueError as error:
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise TypeError("no object")
+                found = made(row)
+            except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
                 raise RunError(
-                    f"{path}, line {number} is damaged: delete that file and run the stage again."
+                    f"{path}, line {number} is damaged or of another version: delete that file and run the stage again."
                 ) from error
+            yield found

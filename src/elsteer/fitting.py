@@ -325,13 +325,14 @@ def check_model(
     path = run_dir / "model.json"
     if not path.is_file():
         return
-    try:
-        known = Fingerprint.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, ModelError) as error:
-        raise RunError(f"{path} is damaged: delete it, and the fit will be checked and gone on with.") from error
     now = fingerprint(model, tokenizer, thinking=settings.collect.thinking)
-    # Another template or thinking mode of the same model is a setting that was changed.
-    if differences(replace(known, template_sha256=now.template_sha256, thinking=now.thinking), now):
+    try:
+        known = Fingerprint.from_dict(read_json(path))
+        # Another template or thinking mode of the same model is a setting that was changed.
+        other = differences(replace(known, template_sha256=now.template_sha256, thinking=now.thinking), now)
+    except (ModelError, TypeError) as error:
+        raise RunError(f"{path} is damaged: delete it, and the fit will be checked and gone on with.") from error
+    if other:
         raise RunError(
             f"{run_dir} holds a fit of another model ({known.name}): give a folder of its own with --run-dir, or delete it."
         )
@@ -341,14 +342,11 @@ def _write_inputs(
     run: RunFolder, settings: FitSettings, prompts: dict[str, list[Prompt]], print_of: Fingerprint
 ) -> None:
     """prompts: by split."""
-    write_json(run / "model.json", print_of.to_dict())
     text = yaml.safe_dump(json.loads(settings.model_dump_json()), sort_keys=False)
-    path = run / "settings.yaml"
-    if path.is_file() and path.read_text(encoding="utf-8") != text:  # stopped from here on, the folder has no result
-        for name in RESULT:
-            run.remove(name)
-    write_atomic(path, lambda to: to.write_text(text, encoding="utf-8"))
     rows = [{**one.to_row(), "split": name} for name, part in prompts.items() for one in part]
+    run.stage("inputs", key_of(text, rows), list(RESULT))  # stopped from here on, the folder has no result of others
+    write_json(run / "model.json", print_of.to_dict())
+    write_atomic(run / "settings.yaml", lambda to: to.write_text(text, encoding="utf-8"))
     write_jsonl(run / "prompts.jsonl", rows)
 
 

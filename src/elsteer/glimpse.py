@@ -16,7 +16,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from elsteer.completions import Completion
-from elsteer.files import read_jsonl, write_jsonl
+from elsteer.files import read_rows, write_jsonl
 from elsteer.judges import Label, Verdict
 
 __all__ = ["FirstTokenJudge"]
@@ -57,10 +57,9 @@ class FirstTokenJudge:
 
     def again(self, path: Path) -> None:
         """Judge the answers in `path` (rows of `complete`) once more; a file is rewritten where a verdict changed."""
-        rows = list(read_jsonl(path))
-        told = [{**row, **asdict(self.judge("", row["text"]))} for row in rows]
-        if told != rows:
-            write_jsonl(path, told)
+        pairs = list(read_rows(path, lambda row: (row, {**row, **asdict(self.judge("", row["text"]))})))
+        if any(row != told for row, told in pairs):
+            write_jsonl(path, [told for _, told in pairs])
 
     def decided(self, prompt: str, partial: str) -> Verdict | None:
         """None: no more is generated than has to be."""

@@ -255,7 +255,13 @@ class Landscape:
             if not isinstance(provenance, dict) or not isinstance(method, str):
                 raise LandscapeError("The provenance must be an object and the method a text.")
             layers, guards = _by_layer(tensors)
-            return cls(rule, layers, guards, found, provenance, method)
+            read = cls(rule, layers, guards, found, provenance, method)
+            system, thinking = (read.asked_with.get(name) for name in ("system", "thinking"))
+            if not isinstance(system, str | None) or not isinstance(thinking, bool | None):
+                raise LandscapeError(
+                    "The system prompt of its settings must be text and the thinking mode true or false."
+                )
+            return read
         except (LandscapeError, ModelError) as error:
             raise LandscapeError(f"{name} cannot be used: {_lower(str(error))}") from error
 

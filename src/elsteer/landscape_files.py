@@ -20,7 +20,7 @@ from safetensors.torch import save as serialise
 from torch import Tensor
 
 from elsteer.errors import LandscapeError
-from elsteer.files import write_atomic, write_json
+from elsteer.files import expanded, write_atomic, write_json
 
 __all__ = ["CARD", "CONFIG", "FILES", "FORMAT", "FORMAT_VERSION", "TENSORS", "read_folder", "write_folder"]
 
@@ -35,7 +35,7 @@ def write_folder(path: Path, config: dict[str, Any], tensors: dict[str, Tensor],
     The files are written to a hidden folder beside it, which then takes its place, so that readers see the old landscape or
     the new one. Raises LandscapeError where `path` is something else or cannot be written, RunError when the disk is full.
     """
-    path = Path(path).expanduser().absolute()
+    path = expanded(path).absolute()
     path = path.resolve() if path.is_symlink() else path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError:
 )
 
 from elsteer.errors import LandscapeError
+from elsteer.files import expanded
 from elsteer.landscape_files import FILES
 from elsteer.models.hub import hub_problem
 
@@ -32,7 +33,7 @@ def find(
     cache_dir: str | Path | None = None,
 ) -> Path:
     """The local folder `path_or_id`, or the downloaded files of the hub's landscape of that id. Raises LandscapeError."""
-    path, name = Path(path_or_id).expanduser(), str(path_or_id)
+    path, name = expanded(path_or_id), str(path_or_id)
     if path.is_file():
         raise LandscapeError(f"{name} is a file: give the folder of a landscape, or its hub id.")
     if path.is_dir() or path.with_name(f".{path.name}.old").is_dir():  # the latter: see landscape_files

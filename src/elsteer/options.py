@@ -161,6 +161,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise click.UsageError(f"{path} was not found: give a YAML file of settings with --config.") from None
     except UnicodeDecodeError as error:
         raise click.UsageError(f"{path} is not UTF-8: save it as UTF-8.") from error
+    except (ValueError, RecursionError) as error:  # such as the 30th of February
+        why = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise click.UsageError(f"{path} is not YAML: {why}.") from None
     except OSError as error:
         raise click.UsageError(f"{path} could not be read: {error.strerror or error}.") from error
     except yaml.YAMLError as error:
@@ -185,4 +188,6 @@ def _sentence(error: ValidationError, flags: Mapping[tuple[str, ...], str], conf
     if first["type"] == "extra_forbidden":
         return f"There is no setting {where}: see the names in the settings.yaml of a run folder, or in --help."
     reason = str(first["msg"]).removeprefix("Input should be ").removeprefix("Value error, ")
+    if first["type"] == "int_parsing_size":
+        reason = "a smaller number"
     return f"{where} is {first['input']!r}: it must be {reason}."

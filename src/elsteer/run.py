@@ -23,7 +23,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from elsteer.errors import RunError
-from elsteer.files import read_jsonl, write_json
+from elsteer.files import expanded, read_json, read_rows, write_json
 from elsteer.prompts import Prompt
 
 __all__ = ["RESULT", "RunFolder", "key_of", "of_stage", "told_apart", "without_nan"]
@@ -69,7 +69,7 @@ class RunFolder:
     """A folder of one run. Use `with run.owned():` around everything that writes."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).expanduser()
+        self.path = expanded(path)
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -134,11 +134,11 @@ class RunFolder:
 
     def prompts(self, split: str) -> list[Prompt]:
         """Those of a fit's `split`: "train", "dev" or "neutral" (folders of earlier versions lack these)."""
-        return [
-            Prompt.from_row({name: value for name, value in row.items() if name != "split"})
-            for row in read_jsonl(self.path / "prompts.jsonl")
-            if row["split"] == split
-        ]
+
+        def of(row: dict[str, Any]) -> tuple[str, Prompt]:
+            return row.pop("split"), Prompt.from_row(row)
+
+        return [prompt for one, prompt in read_rows(self.path / "prompts.jsonl", of) if one == split]
 
     def stage(self, name: str, key: str, files: list[str]) -> bool:
         """Begin stage `name`. True if it was begun with this key before, so its files can be gone on with.
@@ -175,8 +175,7 @@ class RunFolder:
         path = self.path / "stages.json"
         if not path.exists():
             return {}
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            return {str(name): str(key) for name, key in found.items()}
-        except (ValueError, AttributeError) as error:
-            raise RunError(f"{path} is damaged: delete it; the stages will be checked and done again.") from error
+        found = read_json(path)
+        if not isinstance(found, dict):
+            raise RunError(f"{path} is damaged: delete it; the stages will be checked and done again.")
+        return {str(name): str(key) for name, key in found.items()}

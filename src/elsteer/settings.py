@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from elsteer.errors import RunError
 
@@ -188,7 +188,7 @@ class TuningSettings(_Settings):
 class FitSettings(_Settings):
     """All of `elsteer fit`."""
 
-    seed: int = Field(0, description="Seed of splits, training and controls.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of splits, training and controls.")
     dev_share: float = Field(
         0.3, gt=0, lt=1, description="Share of the prompts set aside for tuning where no dev set is given."
     )
@@ -213,7 +213,7 @@ class FitSettings(_Settings):
 
         try:
             return cls.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-        except (ValidationError, yaml.YAMLError, UnicodeDecodeError) as error:
+        except (ValueError, yaml.YAMLError, OSError, RecursionError) as error:
             why = " ".join(str(error).split())[:200]
             raise RunError(
                 f"{path} does not hold settings of this version of elsteer ({why}): mend it, or fit into another folder."

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "agreement_table",
     "clock",
+    "comparison",
     "count_prompts",
     "evaluation",
     "examples",

@@ -8,7 +8,6 @@ energies are trained for the first of them, and u's offset is shifted for the ot
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -27,7 +26,7 @@ from elsteer.energy.product import refusal_reader
 from elsteer.energy.refine import SteeredProducts
 from elsteer.energy.train import harm_direction, train
 from elsteer.errors import RunError
-from elsteer.files import write_atomic, write_json
+from elsteer.files import read_json, write_atomic, write_json
 from elsteer.judges import outcome_of
 from elsteer.landscape import Landscape, SteeringRule
 from elsteer.models import Fingerprint
@@ -395,18 +394,18 @@ def read_energies(folder: Path) -> Energies:
     """What `save_energies` wrote. Raises RunError where it is damaged."""
     try:
         flat = load_file(folder / "energies.safetensors")
-        told = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+        told = read_json(folder / "training.json")
         energies = Energies({}, {}, {}, {}, told["outcomes"])
         energies.auroc = {int(layer): found for layer, found in told["auroc"].items()}
         energies.epochs = {int(layer): found for layer, found in told["epochs"].items()}
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        for name, tensor in flat.items():
+            layer, _, rest = name.partition(".")
+            if rest == "guard":
+                energies.guards[int(layer)] = tensor
+            else:
+                energies.tensors.setdefault(int(layer), {})[rest] = tensor
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise RunError(f"{folder} is damaged: delete it and run the same command again to train anew.") from error
-    for name, tensor in flat.items():
-        layer, _, rest = name.partition(".")
-        if rest == "guard":
-            energies.guards[int(layer)] = tensor
-        else:
-            energies.tensors.setdefault(int(layer), {})[rest] = tensor
     return energies
 
 

@@ -31,14 +31,14 @@ from torch import Tensor
 from elsteer.completions import Completion, PromptCaches, complete, end_ids
 from elsteer.decoding import decode
 from elsteer.evaluation.quality import Answer, answer_at_length, kl_to_plain, quality
-from elsteer.files import append_jsonl, read_jsonl
+from elsteer.files import append_jsonl, read_rows
 from elsteer.judges import Judge
 from elsteer.landscape import Landscape
 from elsteer.prompts import under_attack
 from elsteer.run import key_of, of_stage, without_nan
 from elsteer.settings import TuningSettings
 
-__all__ = ["ABOVE_KL", "Trial", "Tuner", "bands", "order", "rates"]
+__all__ = ["ABOVE_KL", "Trial", "Tuner", "bands", "order", "rates", "read_trials"]
 
 Progress = Callable[[str, int, int], None]
 ABOVE_KL = "KL above its bound"
@@ -91,6 +91,11 @@ class Trial:
         return without_nan(dataclasses.asdict(self))
 
 
+def read_trials(path: Path) -> dict[str, Trial]:
+    """Those of a frontier.jsonl, by key. No file gives none; RunError for rows of another version."""
+    return dict(read_rows(path, lambda row: (str(row["key"]), Trial.from_row(row["trial"]))))
+
+
 def bands(depth: int, aurocs: dict[int, float], share: float) -> list[tuple[int, ...]]:
     """Contiguous layer bands of the given share of the depth, in steps of a third, from a quarter of the depth up.
 
@@ -136,7 +141,7 @@ class Tuner:
         self.plain = list(plain)
         self.harmful = np.array([prompt.harmful for prompt in dev.prompts])
         self.before = np.array([one.label for one in self.plain])
-        self.trials: dict[str, Trial] = {row["key"]: Trial.from_row(row["trial"]) for row in read_jsonl(path)}
+        self.trials = read_trials(path)
         self.tried: dict[str, Trial] = {}  # those of this search; the others are of settings that were tried before
         self._openers: dict[int, float] | None = None
         self._plain_answers: dict[str, Answer] = {}

@@ -15,17 +15,19 @@ from scipy.stats import binomtest
 
 from commands import elsteer, one_sentence
 from elsteer import compare, fit
-from elsteer.comparison.compare import check_methods, known_methods, part_of
+from elsteer.comparison.compare import _Work, check_methods, known_methods, part_of
 from elsteer.comparison.result import ComparedMethod
 from elsteer.comparison.words import sentence
 from elsteer.errors import LandscapeError, PromptError, RunError
 from elsteer.evaluation.figures import read_figures
 from elsteer.evaluation.statistics import Interval
-from elsteer.files import read_jsonl
-from elsteer.fitting import collect
+from elsteer.files import read_jsonl, write_jsonl
+from elsteer.fitting import collect, neutral_prompts
 from elsteer.judges import JUDGES
 from elsteer.landscape import Landscape
 from elsteer.models import fingerprint
+from elsteer.prompts import Prompt
+from elsteer.run import RunFolder
 from elsteer.steering.methods.baseline import Candidate
 from elsteer.steering.methods.baselines import BASELINES
 from elsteer.tuning import Trial
@@ -79,6 +81,23 @@ def short_system(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 METHODS = ["els", "random", "system-prompt", "caa", "ablation"]
+
+
+def test_baselines_are_held_to_the_neutral_prompts_of_the_fit(tiny: Tiny, fitted: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(fitted, run)
+    rows = [row for row in read_jsonl(run / "prompts.jsonl") if row["split"] != "neutral"]
+    mine = [Prompt.of("What is rain?", False), Prompt.of("Tell me of the sea.", False)]
+
+    def neutral() -> list[Prompt]:
+        work = _Work(*tiny, RunFolder(run), 0, "letters", 4, 8, None, tmp_path)
+        work.start()
+        return list(work.tuner.neutral.prompts)
+
+    write_jsonl(run / "prompts.jsonl", [*rows, *({**one.to_row(), "split": "neutral"} for one in mine)])
+    assert neutral() == mine
+    write_jsonl(run / "prompts.jsonl", rows)  # as an earlier version left it
+    assert neutral() == neutral_prompts(tiny_settings())
 
 
 def test_every_method_answers_the_same_prompts(tiny: Tiny, fitted: Path, suite: Path, tmp_path: Path) -> None:

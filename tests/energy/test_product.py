@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -240,6 +242,16 @@ def test_tensors_of_a_file_are_checked() -> None:
         context | {"context_blocks": torch.tensor([3.0, 3.0])},
         context | {"context_blocks": torch.tensor([2.0, 4.0])},  # layer 3 has 3 before it
         context | {"context_blocks": torch.tensor([0.0, 3.0])},  # 8 numbers of 3 blocks
+        context | {"context_blocks": torch.tensor([0.0, 0.5])},
+        context | {"context_blocks": torch.tensor([0.5, 1.5])},
+        context | {"context_blocks": torch.tensor([0.0, math.inf])},
+        context | {"context_blocks": torch.tensor([math.nan, 3.0])},
+        {
+            **context,
+            "context_weight": torch.zeros(2, 3, 0),
+            "context_query": torch.zeros(3, 0),
+            "context_mean": torch.zeros(0),
+        },
     ):
         with pytest.raises(LandscapeError, match="layer 3"):
             check_tensors(3, tensors | damage, 8)

@@ -399,7 +399,8 @@ def test_another_strength_or_rule_makes_the_rows_anew(
     tiny: Tiny, landscape: Landscape, data: Path, tmp_path: Path
 ) -> None:
     model = tiny[0]
-    others = [landscape.with_rule(eta=0.31), landscape.with_rule(steps=1), landscape.with_method("random")]
+    others = [landscape.with_rule(eta=0.31), landscape.with_rule(steps=1)]
+    others += [one.with_method("random") for one in (landscape, *others)]
     identities = []
     for one, strength in ((landscape, 1.0), (landscape, 1.0), (landscape, 0.5), *((other, 1.0) for other in others)):
         with one.attach(model, strength) as steering:
@@ -468,6 +469,8 @@ def test_bad_input_is_one_sentence(tiny: Tiny, landscape: Landscape, data: Path,
         capability(*tiny, landscape, ["kl"], out=tmp_path, neutral=[])
     with pytest.raises(PromptError, match="at least 1"):
         capability(*tiny, landscape, ["mmlu"], out=tmp_path, data_dir=data, limit=0)
+    with pytest.raises(PromptError, match="at least 1, not -1"):
+        capability(*tiny, landscape, ["kl"], out=tmp_path, limit=-1)
     with pytest.raises(SteeringError, match="system prompt"):
         capability(*tiny, Candidate("s", {}, system="Be kind."), ["mmlu"], out=tmp_path, data_dir=data)
     with pytest.raises(SteeringError, match="Only a landscape"):

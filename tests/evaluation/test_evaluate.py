@@ -16,7 +16,7 @@ from rich.console import Console
 
 from elsteer import show
 from elsteer.errors import JudgeError, LandscapeError, PromptError, RunError
-from elsteer.evaluation.evaluate import Evaluation, evaluate
+from elsteer.evaluation.evaluate import Evaluation, _spread, evaluate
 from elsteer.judges import JUDGES, Verdict
 from elsteer.landscape import Landscape
 from elsteer.models import encode_chat
@@ -220,6 +220,29 @@ def test_quality_is_measured_on_benign_prompts_that_the_plain_model_answers(
     assert ratio.value == pytest.approx(found.quality.perplexity_ratio)
     bare = evaluated(tiny, [landscape], [suite], tmp_path / "run", quality=False)
     assert bare.quality is None
+
+
+def test_quality_is_measured_all_over_a_suite(tiny: Tiny, landscape: Landscape, suite: Path, tmp_path: Path) -> None:
+    """A suite goes kind by kind: its first prompts are of one."""
+    found = evaluated(tiny, [landscape], [suite], tmp_path / "run", quality_prompts=3)
+    plain = [row for row in found.rows if row["method"] == "none" and not row["harmful"]]
+    answered = [row["prompt_id"] for row in plain if row["label"] == "compliance"]
+    assert len(answered) >= 6
+    assert set(found.answers["els"]) == {answered[at * len(answered) // 3] for at in range(3)}
+    assert _spread([3, 5, 8], 6) == _spread([3, 5, 8], 3) == [3, 5, 8]
+    assert _spread(list(range(10)), 4) == [0, 2, 5, 7]
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", "[" * 100_000, "\udce9"])
+def test_a_damaged_list_of_pictures_has_them_drawn_anew(
+    damage: str, tiny: Tiny, landscape: Landscape, suite: Path, tmp_path: Path
+) -> None:
+    evaluated(tiny, [landscape], [suite], tmp_path / "run", quality=False)
+    marks = tmp_path / "run/evaluation/pictures.json"
+    before = marks.read_bytes()
+    marks.write_text(damage, errors="surrogateescape")
+    evaluated(tiny, [landscape], [suite], tmp_path / "run", quality=False)
+    assert marks.read_bytes() == before
 
 
 def test_at_strength_0_nothing_differs(tiny: Tiny, landscape: Landscape, suite: Path, tmp_path: Path) -> None:

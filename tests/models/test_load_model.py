@@ -18,7 +18,7 @@ from huggingface_hub import close_session, constants
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from elsteer.errors import ModelError
-from elsteer.models import decoder_blocks, elsteer_cache, fingerprint, load, source_of
+from elsteer.models import decoder_blocks, fingerprint, load, source_of
 from elsteer.models.hub import hub_problem
 from tiny import tiny_gguf, tiny_model, tiny_tokenizer
 
@@ -488,8 +488,3 @@ def test_a_part_of_a_split_gguf_is_said(tmp_path: Path, number: int) -> None:
 def test_a_gguf_of_one_part_is_loaded(tmp_path: Path) -> None:
     tiny_gguf(tmp_path / "tiny-00001-of-00001.gguf")
     load(tmp_path, device="cpu")
-
-
-def test_a_cache_folder_of_no_user_is_taken_as_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ELSTEER_CACHE", "~nouser/x")
-    assert elsteer_cache() == Path("~nouser/x")

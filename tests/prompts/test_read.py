@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -135,6 +137,8 @@ def test_other_column_names_can_be_given(write: Write) -> None:
         ("p.jsonl", '{"messages": [{"role": "human", "content": "x"}], "harmful": 1}', "the role 'human'; the roles"),
         ("p.jsonl", '{"messages": [{"role": "user", "content": 1}], "harmful": 1}', "content of message 1 is a number"),
         ("p.jsonl", '{"prompt": "\\ud800", "harmful": 1}', "line 1: the prompt holds half of a character"),
+        ("p.jsonl", '{"prompt": "x", "harmful": 1, "id": "a\\udc00"}', "line 1: 'id' holds half of a character"),
+        ("p.jsonl", '{"prompt": "x", "harmful": 1, "source": "\\ud800"}', "line 1: 'source' holds half of a character"),
         ("p.jsonl", '{"prompt": "x", "harmful": 1, "category": []}', "'category' is a list; it must be text"),
         ("p.csv", "prompt,harmful\na, b,1\n", "line 2 has 3 fields where the header has 2: put quotes"),
         ("p.csv", 'prompt,harmful\n"a\nb",1\n"c,1\n', "line 4 is broken .*every quote is closed"),
@@ -151,6 +155,12 @@ def test_a_bad_file_gets_one_sentence_with_its_place(write: Write, name: str, co
         read_prompts(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "caf\udce9.txt").write_text("Hello\n")
+    with pytest.raises(PromptError, match=r"caf\\udce9\.txt' is not UTF-8: rename the file"):
+        read_prompts(tmp_path / "caf\udce9.txt", harmful=False)
 
 
 def test_the_last_message_must_be_the_users(write: Write) -> None:
@@ -191,6 +201,12 @@ def test_a_file_of_ten_megabytes_is_read_in_seconds(write: Write) -> None:
     started = time.process_time()
     assert len(read_prompts(path)) == 50_000
     assert time.process_time() - started < 10
+
+
+def test_files_are_read_without_waiting_for_torch(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("Hello\n")
+    script = f"import sys; from elsteer.prompts import read_prompts; read_prompts({str(tmp_path / 'mine.txt')!r}, harmful=False)"
+    subprocess.run([sys.executable, "-c", f"{script}; assert 'torch' not in sys.modules"], check=True)
 
 
 def test_a_hub_that_cannot_be_reached_is_noticed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,7 +251,7 @@ def test_what_the_hub_says_becomes_one_sentence(monkeypatch: pytest.MonkeyPatch,
         raise ValueError(said_by_hub)
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("elsteer.prompts.hub.hub_problem", lambda: None)
+    monkeypatch.setattr("elsteer.models.hub.hub_problem", lambda: None)
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     with pytest.raises(PromptError, match=said) as caught:
         read_prompts("a/b")
@@ -257,7 +273,7 @@ def test_a_hub_data_set_is_read_with_its_configuration_and_split(monkeypatch: py
         asked.append((path, name, split, revision))
         return Dataset.from_list(ROWS)
 
-    monkeypatch.setattr("elsteer.prompts.hub.hub_problem", lambda: None)
+    monkeypatch.setattr("elsteer.models.hub.hub_problem", lambda: None)
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     prompts = read_prompts("a/b:c", split="test", revision="abc")
     assert [p.text for p in prompts] == [row["prompt"] for row in ROWS]

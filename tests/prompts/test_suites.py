@@ -256,7 +256,7 @@ def test_a_gated_suite_says_how_to_get_access(monkeypatch: pytest.MonkeyPatch, n
     def gated(*_: Any, **__: Any) -> Any:
         raise ValueError(f"Dataset '{SUITES[name].hub}' is a gated dataset on the Hub.")
 
-    monkeypatch.setattr("elsteer.prompts.hub.hub_problem", lambda: None)
+    monkeypatch.setattr("elsteer.models.hub.hub_problem", lambda: None)
     monkeypatch.setattr("datasets.load_dataset", gated)
     with pytest.raises(PromptError, match=rf"ask for access on .*{SUITES[name].hub} and log in.*--data-dir"):
         load_suite(name)
@@ -271,7 +271,7 @@ def test_options_of_the_reader_reach_the_hub(monkeypatch: pytest.MonkeyPatch) ->
         asked.update(rest)
         return Dataset.from_list(HUB[hub_id])
 
-    monkeypatch.setattr("elsteer.prompts.hub.hub_problem", lambda: None)
+    monkeypatch.setattr("elsteer.models.hub.hub_problem", lambda: None)
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     assert len(load_suite("wildjailbreak")) == 2
     assert asked["delimiter"] == "\t"

@@ -11,6 +11,7 @@ import click
 from elsteer.console import invocation, note, quiet
 from elsteer.errors import ModelError, RunError
 from elsteer.files import expanded
+from elsteer.text import half_character
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,10 +33,13 @@ Command = Callable[..., Any]
 
 
 class _File(click.Path):
-    """A path; of --option=~/file the shell leaves the ~ to us."""
+    """A path whose name can be written into reports; of --option=~/file the shell leaves the ~ to us."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return expanded(super().convert(value, param, ctx))  # type: ignore[arg-type]
+        path = expanded(super().convert(value, param, ctx))  # type: ignore[arg-type]
+        if half_character(str(path)):
+            self.fail(f"{str(path)!a} is not UTF-8: rename it.", param, ctx)
+        return path
 
 
 FILE = _File(path_type=Path)
@@ -100,7 +104,15 @@ def judge_options(command: Command) -> Command:
     return command
 
 
+def _check(name: str) -> None:
+    """Raises click.UsageError for a name that could not be written into reports, RunError for one in the home of nobody."""
+    if half_character(name):
+        raise click.UsageError(f"The name {name!a} is not UTF-8: rename it.")
+    expanded(name)
+
+
 def read_landscape(name: str) -> Landscape:
+    _check(name)
     from elsteer.landscape import Landscape
 
     return Landscape.from_pretrained(name)
@@ -123,6 +135,7 @@ def load_for(found: Landscape, model: str | None, **loading: Any) -> tuple[PreTr
 
 def load_model(name: str, **loading: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """loading: the values of `model_options`."""
+    _check(name)
     note(f"Loading {name}")
     from elsteer.models import load
 

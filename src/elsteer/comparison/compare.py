@@ -38,7 +38,7 @@ from elsteer.evaluation.statistics import (
     removed_difference,
     wilson,
 )
-from elsteer.files import read_jsonl, write_atomic
+from elsteer.files import expanded, write_atomic
 from elsteer.fitting import neutral_prompts
 from elsteer.judges import judge_of_fit
 from elsteer.landscape import Landscape
@@ -51,7 +51,7 @@ from elsteer.steering.evidence import Evidence
 from elsteer.steering.methods.baseline import Candidate
 from elsteer.steering.methods.baselines import BASELINES
 from elsteer.training import shuffled_control
-from elsteer.tuning import Trial, Tuner
+from elsteer.tuning import Trial, Tuner, read_trials
 
 __all__ = ["PLAIN", "check_methods", "compare", "finished_fit", "known_methods"]
 
@@ -107,7 +107,7 @@ def compare(
     strength times each of these; the figures are of 1. budget, finalists: candidates screened, and judged in full.
     Started again, it goes on where it was. Raises RunError, PromptError, LandscapeError in one sentence.
     """
-    folder = (Path(out) if out is not None else Path(run_dir) / "compare").expanduser()
+    folder = expanded(out if out is not None else Path(run_dir) / "compare")
     work = _Work(model, tokenizer, RunFolder(run_dir), seed, judge, max_new_tokens, batch_size, progress, folder)
     names = check_methods(methods)
     if not suites:
@@ -128,7 +128,7 @@ def compare(
 
 def finished_fit(run_dir: str | Path) -> tuple[FitSettings, Landscape]:
     """The settings and the landscape of a run folder. Raises RunError where it has none yet."""
-    run = Path(run_dir).expanduser()
+    run = expanded(run_dir)
     if not (run / "settings.yaml").exists() or not (run / "landscape").is_dir():
         raise RunError(
             f"{run} holds no finished fit (settings.yaml and landscape): run `elsteer fit` with --run-dir {run} first."
@@ -249,7 +249,7 @@ class _Work:
                 found = found.with_method("random")
             elif name == "shuffled":
                 found = shuffled_control(self.run.path, found, self.progress)
-            trials = [Trial.from_row(row["trial"]) for row in read_jsonl(self.run / "frontier.jsonl")]
+            trials = list(read_trials(self.run / "frontier.jsonl").values())
             rule = found.rule.to_dict()
             feasible = name == "els" and found.rule.strength > 0
             return _Chosen(rule, feasible, None, lambda by: _Scaled(found, by), None, trials if name == "els" else [])

@@ -29,10 +29,9 @@ from elsteer.completions import PromptCaches
 from elsteer.decoding import score
 from elsteer.errors import RunError
 from elsteer.evaluation.quality import kl_of_logits
-from elsteer.files import read_jsonl
 from elsteer.run import key_of
 from elsteer.steering.methods.baseline import Candidate
-from elsteer.tuning import ABOVE_KL, Trial, Tuner, order, rates
+from elsteer.tuning import ABOVE_KL, Trial, Tuner, order, rates, read_trials
 
 __all__ = ["BUDGET", "FINALISTS", "Tuned", "tune_baseline"]
 
@@ -98,7 +97,7 @@ class _BaselineTuner(Tuner):
         self.shared, self.settings = shared, shared.settings.model_copy(update={"finalists": finalists})
         self.candidates = {_key(one): one for one in candidates}
         self.path, self.with_system, self.made = path, with_system, made
-        self.trials = {row["key"]: Trial.from_row(row["trial"]) for row in read_jsonl(path)}
+        self.trials = read_trials(path)
         self.own: dict[str, tuple[PromptCaches, PromptCaches]] = {}
         self.firsts: dict[Hashable, list[int]] = {}  # first tokens by group: the window comes after them
         self.screening: Hashable = None

@@ -129,11 +129,11 @@ class Descent(nn.Module):
         """
         return self._total(states, strength, context, due=due).neg() @ self.up
 
-    def path(self, states: Tensor, strength: Tensor | float = 1.0, context: Tensor | None = None) -> Tensor:
-        """The states on the way, (steps + 1, n, d): for pictures and tests; `delta` does it in one product."""
+    def path(self, states: Tensor, strength: Tensor | float = 1.0) -> Tensor:
+        """The states on the way in the average context, (steps + 1, n, d), for pictures; `delta` does it in one product."""
         stops = [states.float()]
         for steps in range(1, self.steps + 1):
-            stops.append(states.float() - self._total(states, strength, context, steps) @ self.up)
+            stops.append(states.float() - self._total(states, strength, None, steps) @ self.up)
         return torch.stack(stops)
 
     def _z(self, states: Tensor, context: Tensor | None) -> Tensor:

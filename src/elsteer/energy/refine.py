@@ -56,6 +56,7 @@ from elsteer.settings import TrainingSettings
 __all__ = ["AS_TRAINED", "SteeredProducts", "refine"]
 
 AS_TRAINED = 0.1  # the rule's eta at which a step is as long as it was trained to be
+_LENGTH = 0.8  # of every step at the start, in units of AS_TRAINED * scale * sqrt(d)
 _TOKENS = 256  # of the plain distribution, the likeliest; the rest counts as one token
 _SHARPNESS = 4
 _LEAST = 1e-3  # of w and 1 - w
@@ -68,7 +69,7 @@ class SteeredProducts(nn.Module):
     """The trainable form of the product energies of `layers`: their directions, offsets and lengths.
 
     tensors: by layer, as `ProductEnergies.tensors_of` gives them. harm: by layer, the direction (d,) that the guard holds
-    besides a. length: of every step at the start, in units of AS_TRAINED * scale * sqrt(d). sharpness: k of the need, 0 for
+    besides a. sharpness: k of the need, 0 for
     none; it asks for reader, d (L, d) and f (L,) that r starts from (`refusal_reader`). pooled: steps go by the mean of u over
     the blocks up to theirs.
     """
@@ -84,7 +85,6 @@ class SteeredProducts(nn.Module):
         self,
         tensors: Mapping[int, dict[str, Tensor]],
         harm: Mapping[int, Tensor],
-        length: float = 0.8,
         *,
         reader: tuple[Tensor, Tensor] | None = None,
         sharpness: float = 0.0,
@@ -107,7 +107,7 @@ class SteeredProducts(nn.Module):
         self.thresholds = nn.Parameter(bias[:, 2:].clone())  # s, (L, m)
         bends = [tensors[at].get("bend", weight.new_zeros(0)) for at in self.layers]
         self.bend = nn.Parameter(torch.stack(bends).float())  # r, (L, m)
-        self.log_length = nn.Parameter(torch.full((len(self.layers),), math.log(length)))
+        self.log_length = nn.Parameter(torch.full((len(self.layers),), math.log(_LENGTH)))
         self.unit = AS_TRAINED * math.sqrt(mean.shape[1])
         self.pushes: list[Tensor] = []  # tanh(u) g of the latest pass, (B,) by layer
         if sharpness:
@@ -198,14 +198,13 @@ class SteeredProducts(nn.Module):
         harmful: Tensor,
         units: int,
         *,
-        benign_weight: float = 1.0,
         seed: int = 0,
         epochs: int = 20,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         """Give u `units` hidden units and train it, linear part included, on states (n, L, d) and harmful (n,) bool.
 
-        Logistic loss, AdamW, one-cycle rate; benign_weight as in `refine`.
+        Logistic loss with the two kinds weighing the same, AdamW, one-cycle rate.
         Where steps go by the mean of u so far, it is this mean that is trained, so that a block learns what those before miss.
         """
         count, size = self.due.shape
@@ -223,7 +222,7 @@ class SteeredProducts(nn.Module):
         starts = range(0, len(states), _UNITS_BATCH)
         total = max(2, epochs * len(starts))
         schedule = one_cycle(optimiser, _UNITS_RATE, total)
-        weights = _kind_weights(harmful, benign_weight)
+        weights = _kind_weights(harmful, 1.0)
         for epoch in range(epochs):
             order = torch.randperm(len(states), generator=generator)
             for start in starts:

@@ -49,7 +49,8 @@ def check_tensors(layer: int, tensors: dict[str, Tensor], hidden_size: int) -> N
         whole = first == int(first) and stop == int(stop) if math.isfinite(first + stop) else False
         if not (whole and 0 <= first < stop <= layer) or query[1] < 1 or query[1] % int(stop - first):
             raise LandscapeError(
-                f"The energy model of layer {layer} reads a context of blocks {first:g} to {stop:g}, which do not lie before it."
+                f"The energy model of layer {layer} reads a context of blocks {first:g} to {stop:g} in {query[1]} numbers: they "
+                "must lie before it, each with the same share of the numbers."
             )
     if product and "bend" in tensors:
         wanted["bend"] = (width - rows,)

@@ -85,7 +85,6 @@ def train(
     *,
     benign_weight: float = 1.0,
     seed: int = 0,
-    device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> TrainingResult:
     """Train one energy model per layer.
@@ -118,7 +117,7 @@ def train(
             hidden=tuple(settings.hidden),
             layer_norm=settings.layer_norm,
             dropout=settings.dropout,
-        ).to(device)
+        )
         models.standardise(states[fit_rows])
         best = _fit(
             models, states, harmful, undesirable, fit_rows, check_rows, settings, benign_weight, generator, progress
@@ -207,7 +206,6 @@ def _fit(
     generator: torch.Generator,
     progress: Callable[[int, int], None] | None,
 ) -> tuple[dict[int, dict[str, float]], dict[int, int]]:
-    device = models.mean.device
     optimiser = torch.optim.AdamW(models.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     each, ways = settings.batch_per_outcome, None
     if settings.counterpart > 0:  # each prompt gives a state of either outcome: kinds are benign and harmful
@@ -230,8 +228,8 @@ def _fit(
         for _ in range(steps):
             rows = torch.cat([_draw(kind, each, generator) for kind in kinds])
             batch, h, u = _with_counterparts(states[rows], harmful[rows], undesirable[rows], ways)
-            energies = models(batch.to(device))
-            loss = _info_nce(energies, h.to(device), u.to(device), settings, benign_weight)
+            energies = models(batch)
+            loss = _info_nce(energies, h, u, settings, benign_weight)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             optimiser.step()
@@ -303,7 +301,7 @@ def _check(
     parts = []
     for part in rows.split(256):
         batch, _, _ = _with_counterparts(states[part], harmful[part], undesirable[part], ways)
-        parts.append(models(batch.to(models.mean.device)).cpu().unflatten(0, (-1, len(part))))
+        parts.append(models(batch).unflatten(0, (-1, len(part))))
     energies = torch.cat(parts, dim=1)  # (states and their counterparts, n, L)
     h, u = harmful[rows], undesirable[rows]
     real = energies[0]
@@ -328,6 +326,6 @@ def _copy(models: EnergyModels) -> dict[str, Tensor]:
 
 
 def _keep(kept: dict[str, Tensor], models: EnergyModels, better: Tensor) -> None:
-    index = better.nonzero()[:, 0].to(models.mean.device)
+    index = better.nonzero()[:, 0]
     for name, tensor in models.state_dict().items():
         kept[name][index] = tensor.detach()[index]

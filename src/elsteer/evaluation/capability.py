@@ -42,7 +42,7 @@ from elsteer.evaluation.statistics import (
     ratio_bootstrap,
     wilson,
 )
-from elsteer.files import append_jsonl, read_jsonl
+from elsteer.files import append_jsonl, read_rows
 from elsteer.judges.degenerate import degeneration
 from elsteer.landscape import Landscape
 from elsteer.models import fingerprint
@@ -380,7 +380,7 @@ class _Work:
         name = f"capability/{task}.jsonl"
         self.run.stage(f"capability {task}", key_of(self.key, extra), [name])
         path = self.run / name
-        rows = {row["id"]: row for row in read_jsonl(path)}
+        rows = dict(read_rows(path, lambda row: (row["id"], row)))
         todo = [prompt for prompt in prompts if prompt.id not in rows]
         done = len(prompts) - len(todo)
         self._tell(title, done, len(prompts))

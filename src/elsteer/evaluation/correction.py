@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from elsteer.evaluation.statistics import JudgeAccuracy
-from elsteer.files import append_jsonl, read_jsonl
+from elsteer.files import append_jsonl, read_rows
 from elsteer.judges import Judge, RulesJudge, judge_all
 from elsteer.judges.agreement import LabelledCompletion, read_labels
 from elsteer.judges.rules import WINDOW_CHARS
@@ -46,7 +46,7 @@ def accuracy_on(judge: Judge, path: Path, name: str | None = None, kept: Path | 
 def _said(judge: Judge, rows: Sequence[LabelledCompletion], kept: Path | None) -> list[str]:
     if getattr(judge, "early", True):  # rules are quick, and may be others under the same name
         kept = None
-    known = {row["key"]: row["label"] for row in read_jsonl(kept)} if kept is not None and kept.exists() else {}
+    known = dict(read_rows(kept, lambda row: (row["key"], row["label"]))) if kept is not None else {}
     keys = [key_of(judge.name, row.prompt, row.completion) for row in rows]
     rest = list({key: at for at, key in enumerate(keys) if key not in known}.values())
     for start in range(0, len(rest), _BATCH):

@@ -31,7 +31,7 @@ from elsteer.evaluation.quality import Answer, Quality, answer_at_length, qualit
 from elsteer.evaluation.report import Example, ReportData, verdict_sentence, write_report
 from elsteer.evaluation.statistics import Interval, JudgeAccuracy, mean_bootstrap, paired_difference, wilson
 from elsteer.evaluation.tables import Comparison, compare_all, percent
-from elsteer.files import append_jsonl, read_json, read_jsonl, write_atomic, write_json
+from elsteer.files import append_jsonl, read_json, read_rows, write_atomic, write_json
 from elsteer.judges import Judge, get_judge, outcome_of, require_harm
 from elsteer.landscape import Landscape, holds
 from elsteer.models import decoder_blocks
@@ -366,7 +366,7 @@ class _Work:
             rows = [row for row in self.rows if row["harmful"] and (row["suite"], row["method"]) == (suite, method)]
             key = key_of(self._key(landscape), self.max_new_tokens, *(["whole"] if self.whole else []))
             path = self.run / f"evaluation/harm.{suite}.{method}.{key}.jsonl"
-            known = {row["prompt_id"]: row["harm"] for row in read_jsonl(path)} if path.exists() else {}
+            known = dict(read_rows(path, lambda row: (row["prompt_id"], row["harm"])))
             rest = [row for row in rows if row["prompt_id"] not in known]
             for start in range(0, len(rest), self.batch_size):
                 some = rest[start : start + self.batch_size]
@@ -383,8 +383,7 @@ class _Work:
     def _seen(self) -> int:
         """How many of the prompts the fit in this run folder was fitted or tuned on."""
         path = self.run / "prompts.jsonl"
-        rows = read_jsonl(path) if path.exists() else []
-        fitted = {row["messages"][-1]["content"] for row in rows}
+        fitted = set(read_rows(path, lambda row: row["messages"][-1]["content"])) if path.exists() else set()
         return len({row["prompt"] for row in self.rows} & fitted)
 
     def report(

@@ -86,7 +86,6 @@ def landscape_picture(
     energy: Callable[[Tensor], Tensor],
     paths: Tensor | None = None,
     axes: Tensor | None = None,
-    axis_names: tuple[str, str] | None = None,
     title: str = "",
     dpi: int = 110,
 ) -> bytes:
@@ -98,8 +97,9 @@ def landscape_picture(
     beneath them.
     """
     states = states.detach().float().cpu()
+    names = "first direction", "second direction"
     if axes is None:
-        axes, axis_names = landscape_axes(states, outcomes)
+        axes, names = landscape_axes(states, outcomes)
     else:
         first = _orthonormal(axes[0].detach().cpu(), [])
         second = None if first is None else _orthonormal(axes[1].detach().cpu(), [first])
@@ -134,7 +134,6 @@ def landscape_picture(
         _arrow(axis, track, "path of a steered state" if number == 0 else None)
     axis.set_xlim(across[0], across[-1])
     axis.set_ylim(up[0], up[-1])
-    names = axis_names or ("first direction", "second direction")
     axis.set_xlabel(names[0], color=_INK)
     axis.set_ylabel(names[1], color=_INK)
     axis.tick_params(length=0, labelsize=8, labelcolor=_GREY)

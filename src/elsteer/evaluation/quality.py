@@ -17,7 +17,7 @@ from torch import Tensor
 
 from elsteer.completions import PromptCaches, end_ids
 from elsteer.decoding import PromptBatch, decode, score
-from elsteer.files import append_jsonl, read_jsonl
+from elsteer.files import append_jsonl, read_rows
 from elsteer.judges.degenerate import degeneration
 from elsteer.run import without_nan
 from elsteer.steering import Steering
@@ -64,7 +64,7 @@ def answer_at_length(
 
     steering: attached to the model, or None for the plain model; the scoring pass runs plain in any case.
     """
-    known = {row["prompt_id"]: _answer(row) for row in read_jsonl(path)} if path is not None else {}
+    known = {one.prompt_id: one for one in read_rows(path, _answer)} if path is not None else {}
     todo = [place for place in places if caches.prompts[place].id not in known]
     ends = end_ids(caches.model, caches.tokenizer)
     finished = len(places) - len(todo)

@@ -27,6 +27,7 @@ from typing import Any
 from scipy.stats import binomtest
 
 from elsteer.errors import JudgeError
+from elsteer.files import expanded
 from elsteer.judges.verdict import Judge
 
 __all__ = ["Agreement", "EarlyDecisions", "LabelledCompletion", "agreement", "early_decisions", "read_labels"]
@@ -173,7 +174,7 @@ def early_decisions(judge: Judge, path: str | Path, step: int = 10, longest: int
 
 def read_labels(path: str | Path) -> list[LabelledCompletion]:
     """The labelled completions of a file, in its order. Raises JudgeError as `agreement` does."""
-    path = Path(path).expanduser()
+    path = expanded(path)
     try:
         rows = [row for line, raw in _rows(path) if (row := _labelled(raw, f"{path}, line {line}")) is not None]
     except FileNotFoundError:

@@ -139,12 +139,12 @@ class ClassifierJudge:
         return found
 
 
-def trained_on_first_use(data_dir: Path | None = None) -> ClassifierJudge:
+def trained_on_first_use() -> ClassifierJudge:
     """The classifier of the data folder's human labels, trained once and kept in the cache folder.
 
     Raises JudgeError where neither the labels nor a classifier made of them are there.
     """
-    folder = data_folder(data_dir)
+    folder = data_folder()
     files = [folder / name for name in _FILES] if folder is not None else []
     kept = elsteer_cache() / "judges"
     if not files or not all(file.is_file() for file in files):
@@ -180,25 +180,23 @@ def train_files(files: Sequence[Path], folder: Path) -> ClassifierJudge:
     return found
 
 
-def left_out_by_model(rows: Sequence[LabelledCompletion], more: Sequence[LabelledCompletion] = ()) -> list[str]:
-    """Verdicts on `rows`, those of each model by a classifier trained on the other models' and on `more`."""
+def left_out_by_model(rows: Sequence[LabelledCompletion]) -> list[str]:
+    """Verdicts on `rows`, those of each model by a classifier trained on the other models'."""
     labels = [""] * len(rows)
     for model in sorted({row.model for row in rows}):
-        judge = ClassifierJudge.train([row for row in rows if row.model != model] + list(more))
+        judge = ClassifierJudge.train([row for row in rows if row.model != model])
         _fill(labels, rows, [at for at, row in enumerate(rows) if row.model == model], judge)
     return labels
 
 
-def cross_validated(
-    rows: Sequence[LabelledCompletion], more: Sequence[LabelledCompletion] = (), folds: int = 5, seed: int = 0
-) -> list[str]:
-    """Verdicts on `rows`, each fold's by a classifier trained on the other folds and on `more`. A prompt is in one fold."""
+def cross_validated(rows: Sequence[LabelledCompletion], folds: int = 5) -> list[str]:
+    """Verdicts on `rows`, each fold's by a classifier trained on the other folds. A prompt is in one fold."""
     prompts = sorted({row.prompt for row in rows})
-    order = np.random.default_rng(seed).permutation(len(prompts))
+    order = np.random.default_rng(0).permutation(len(prompts))
     fold_of = {prompts[at]: place % folds for place, at in enumerate(order.tolist())}
     labels = [""] * len(rows)
     for fold in range(folds):
-        judge = ClassifierJudge.train([row for row in rows if fold_of[row.prompt] != fold] + list(more))
+        judge = ClassifierJudge.train([row for row in rows if fold_of[row.prompt] != fold])
         _fill(labels, rows, [at for at, row in enumerate(rows) if fold_of[row.prompt] == fold], judge)
     return labels
 

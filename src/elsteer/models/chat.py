@@ -14,12 +14,12 @@ from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from elsteer.errors import ModelError
+from elsteer.text import half_character
 
 __all__ = ["context_length", "effective_thinking", "encode_chat", "left_pad", "render_chat", "template_hash"]
 
 logger = logging.getLogger(__name__)
 
-_BROKEN = re.compile("[\ud800-\udfff]")  # bytes of a terminal or an argument that are not UTF-8
 # What a template, or transformers before it, raises over a chat that it does not take.
 _REFUSALS = (TemplateError, ValueError, IndexError, KeyError, TypeError)
 
@@ -60,7 +60,7 @@ def render_chat(
     elif thinking is not None:
         logger.debug("the chat template knows no thinking mode; thinking=%s is ignored", thinking)
     chat = [dict(message) for message in messages]
-    if any(_BROKEN.search(str(text)) for text in (system or "", *(message.get("content") for message in chat))):
+    if any(half_character(str(text)) for text in (system or "", *(message.get("content") for message in chat))):
         raise ModelError("The chat holds bytes that are not UTF-8: write them as UTF-8.")
     if system and not (chat and chat[0]["role"] == "system"):
         chat = [{"role": "system", "content": system}, *chat]

@@ -17,7 +17,7 @@ from huggingface_hub.errors import GatedRepoError, StrictDataclassError
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from elsteer.errors import ModelError
+from elsteer.errors import ModelError, RunError
 from elsteer.files import expanded, whole_path
 from elsteer.models import mirror
 from elsteer.models.blocks import decoder_blocks
@@ -166,6 +166,8 @@ def _local(name: str) -> Source | None:
         raise ModelError(
             f"The path of {_cut(name)} holds bytes that are not UTF-8, and could not be recorded: rename that folder or file."
         ) from error
+    except RunError as error:
+        raise ModelError(str(error)) from error
     except OSError as error:
         raise ModelError(f"{_cut(name)} could not be read: {_first_sentence(error)}.") from error
     if not HUB_ID.fullmatch(name) or name.endswith(".gguf"):
@@ -351,8 +353,8 @@ def _read_template(path: str | Path | None) -> str | None:
         return None
     try:
         text = expanded(path).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise ModelError(f"The chat template {path} cannot be read: {error}.") from error
+    except (OSError, ValueError, RunError) as error:
+        raise ModelError(f"The chat template {path} cannot be read: {str(error).rstrip('.')}.") from error
     if not text.strip():
         raise ModelError(f"The chat template {path} is empty.")
     return text

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from elsteer.errors import PromptError
-from elsteer.models.hub import hub_problem
 from elsteer.prompts.formats import PlacedRow
 
 __all__ = ["HubError", "hub_rows"]
@@ -37,6 +36,8 @@ def hub_rows(
     Raises HubError if the hub does not answer, or the data set, its configuration or its split is missing or gated.
     """
     from huggingface_hub import constants
+
+    from elsteer.models.hub import hub_problem  # it brings torch, which files of prompts do without
 
     problem = None if constants.is_offline_mode() else hub_problem()  # offline, what was downloaded before is read
     if problem is not None:

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from elsteer.errors import PromptError
+from elsteer.files import expanded
 from elsteer.prompts.formats import SUFFIXES, PlacedRow, file_rows
 from elsteer.prompts.hub import hub_rows
 from elsteer.prompts.prompt import Prompt
+from elsteer.text import half_character
 
-__all__ = ["MAX_CHARS", "is_hub_id", "prompts_from_rows", "read_prompts"]
+__all__ = ["MAX_CHARS", "check_name", "is_hub_id", "prompts_from_rows", "read_prompts"]
 
 MAX_CHARS = 1_000_000
 """Longest chat that is read, in characters. Whether it fits a model's context is checked later, in tokens."""
@@ -43,16 +45,23 @@ def read_prompts(
     source, category, family and id are kept where they are present; source falls back on the file's or data set's name.
     Raises PromptError, which names the file and the line, for anything that cannot be used.
     """
+    check_name(str(source))
     if is_hub_id(source):
         hub_id, _, config = str(source).partition(":")
         name, stem = f"{source} ({split})", hub_id
         rows = hub_rows(hub_id, config=config or None, split=split, revision=revision)
     else:
         name, stem = str(source), Path(source).stem
-        rows = file_rows(Path(source).expanduser())
+        rows = file_rows(expanded(source))
     return prompts_from_rows(
         rows, name, harmful=harmful, prompt_column=prompt_column, harmful_column=harmful_column, source=stem
     )
+
+
+def check_name(name: str) -> None:
+    """Raises PromptError where the name of a file holds bytes that are not UTF-8: its prompts are called by it."""
+    if half_character(name):
+        raise PromptError(f"The name {name!a} is not UTF-8: rename the file.")
 
 
 def is_hub_id(source: str | Path) -> bool:
@@ -147,14 +156,14 @@ def _message(message: Any, number: int, where: str) -> dict[str, str]:
     if not content.strip():
         what = "the prompt is empty" if role == "user" else f"message {number} is empty"
         raise PromptError(f"{where}: {what}: fill it in or delete the row.")
-    try:
-        content.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise PromptError(
-            f"{where}: the prompt holds half of a character (a lone surrogate, {content[error.start]!a}): "
-            "delete or mend it."
-        ) from None
-    return {"role": role, "content": content}
+    return {"role": role, "content": _whole(content, "the prompt", where)}
+
+
+def _whole(text: str, what: str, where: str) -> str:
+    """`text`. Raises PromptError where a character is half, so that it could not be written."""
+    if half := half_character(text):
+        raise PromptError(f"{where}: {what} holds half of a character (a lone surrogate, {half!a}): delete or mend it.")
+    return text
 
 
 def _harmful(row: dict[str, Any], column: str, where: str) -> bool:
@@ -179,7 +188,7 @@ def _label(row: dict[str, Any], column: str, where: str) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, (str, int, float)):
-        return str(value).strip()
+        return _whole(str(value).strip(), repr(column), where)
     raise PromptError(f"{where}: {column!r} is {_kind(value)}; it must be text.")
 
 

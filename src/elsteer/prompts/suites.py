@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from elsteer.errors import PromptError
+from elsteer.files import expanded
 from elsteer.prompts.attacks import attacked, family_of
 from elsteer.prompts.folder import data_folder
 from elsteer.prompts.formats import SUFFIXES, PlacedRow, file_rows
 from elsteer.prompts.hub import HubError, hub_rows
 from elsteer.prompts.names import known_names
 from elsteer.prompts.prompt import Prompt
-from elsteer.prompts.read import is_hub_id, prompts_from_rows, read_prompts
+from elsteer.prompts.read import check_name, is_hub_id, prompts_from_rows, read_prompts
 from elsteer.prompts.split import sample
 from elsteer.prompts.suite_table import SUITES, Suite
 
@@ -97,17 +98,16 @@ def unknown_suite(name: str, known: Sequence[str] = tuple(SUITES)) -> str:
 
 def _parted(name: str) -> tuple[str, str]:
     """The suite or file and the family of attacks; the latter empty where there is none."""
-    if not name.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in name):
-        raise PromptError(f"The name {name!a} is not UTF-8: rename the file.")
+    check_name(name)
     base, plus, family = name.rpartition("+")
-    parted = plus and base and re.fullmatch(r"[\w-]+", family) and not Path(name).expanduser().exists()
+    parted = plus and base and re.fullmatch(r"[\w-]+", family) and not expanded(name).exists()
     return (base, family) if parted else (name, "")
 
 
 def _unattacked(name: str, folder: Path | None) -> list[Prompt]:
     if name in SUITES:
         return [prompt for part in SUITES[name].parts or (name,) for prompt in _load(SUITES[part], folder)]
-    if name.lower().endswith(SUFFIXES) or Path(name).expanduser().is_file() or is_hub_id(name):
+    if name.lower().endswith(SUFFIXES) or expanded(name).is_file() or is_hub_id(name):
         return read_prompts(name)
     raise PromptError(unknown_suite(name))
 

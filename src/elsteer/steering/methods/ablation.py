@@ -69,6 +69,4 @@ def _grid(kind: str, directions: dict[int, Tensor], window: int, source: int) ->
     return found
 
 
-ABLATION = Baseline(
-    "ablation", "Refusal direction ablated", "Arditi et al. 2024, arXiv 2406.11717", _ablation, version=2
-)
+ABLATION = Baseline("ablation", "Refusal direction ablated", _ablation, version=2)

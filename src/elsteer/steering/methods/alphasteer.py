@@ -107,4 +107,4 @@ class _Fitted:
         return NullSpaceMap(read, targets)
 
 
-ALPHASTEER = Baseline("alphasteer", "Null-space steering", "Sheng et al. 2025, arXiv 2506.07022", _alphasteer)
+ALPHASTEER = Baseline("alphasteer", "Null-space steering", _alphasteer)

@@ -54,14 +54,13 @@ class Candidate:
 class Baseline:
     """A method to compare with.
 
-    name: as on the command line. title: its full name. citation: where the formula is from. candidates(evidence) gives the
+    name: as on the command line. title: its full name. candidates(evidence) gives the
     settings to tune over, at most about two dozen, ordered by strength within each layer choice. learns: whether they depend on
     what is in the evidence. version: raised where candidates of the same settings become others.
     """
 
     name: str
     title: str
-    citation: str
     candidates: Callable[[Evidence], list[Candidate]]
     learns: bool = True
     version: int = 1

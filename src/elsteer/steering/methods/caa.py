@@ -76,5 +76,5 @@ def _added(method: str, evidence: Evidence, directions: dict[int, Tensor]) -> li
     return found
 
 
-CAA = Baseline("caa", "Contrastive activation addition", "Rimsky et al. 2024, arXiv 2312.06681", _caa)
-RANDOM_VECTOR = Baseline("random", "Random vector", "", _random)
+CAA = Baseline("caa", "Contrastive activation addition", _caa)
+RANDOM_VECTOR = Baseline("random", "Random vector", _random)

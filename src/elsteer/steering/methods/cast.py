@@ -152,4 +152,4 @@ class _Fitted:
         return ConditionalAdd(centre, way, threshold, alpha * self.means.spread * self.comply, other)
 
 
-CAST = Baseline("cast", "Conditional activation steering", "Lee et al. 2024, arXiv 2409.05907", _cast)
+CAST = Baseline("cast", "Conditional activation steering", _cast)

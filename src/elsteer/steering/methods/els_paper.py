@@ -180,33 +180,19 @@ def _tensors(network: nn.Sequential) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().clone() for name, tensor in found.items()}
 
 
-def els_paper(
-    name: str = "els-paper",
-    widths: Sequence[int] = PUBLISHED,
-    *,
-    epochs: int = EPOCHS,
-    prompts: int = PROMPTS,
-    device: torch.device | str | None = None,
-) -> Baseline:
-    """The baseline at these widths; prompts: how many it learns from at most; device: a GPU where there is one."""
+def els_paper(name: str = "els-paper", widths: Sequence[int] = PUBLISHED, *, epochs: int = EPOCHS) -> Baseline:
+    """The baseline at these widths, trained on a GPU where there is one."""
 
     def candidates(evidence: Evidence) -> list[Candidate]:
-        return _candidates(evidence, name, tuple(widths), epochs, prompts, device)
+        return _candidates(evidence, name, tuple(widths), epochs)
 
     title = f"Energy steering as published, widths {', '.join(map(str, widths))}"
-    return Baseline(name, title, "Jiang et al. 2025, arXiv 2510.08646", candidates)
+    return Baseline(name, title, candidates)
 
 
-def _candidates(
-    evidence: Evidence,
-    name: str,
-    widths: tuple[int, ...],
-    epochs: int,
-    prompts: int,
-    device: torch.device | str | None,
-) -> list[Candidate]:
-    on = device if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
-    rows, undesirable = _sample(evidence, prompts)
+def _candidates(evidence: Evidence, name: str, widths: tuple[int, ...], epochs: int) -> list[Candidate]:
+    on = "cuda" if torch.cuda.is_available() else "cpu"
+    rows, undesirable = _sample(evidence, PROMPTS)
     networks, scores = {}, {}
     for layer in range(evidence.depth):
 
@@ -215,7 +201,7 @@ def _candidates(
             seed = evidence.seed + layer
             return train_network(states, undesirable, widths=widths, epochs=epochs, seed=seed, device=on)
 
-        made_of = f"{widths} {epochs} {prompts} {evidence.digest()}"
+        made_of = f"{widths} {epochs} {PROMPTS} {evidence.digest()}"
         path = None if evidence.folder is None else evidence.folder / name / f"{layer}.safetensors"
         tensors, scores[layer] = _kept(path, made_of, trained)
         networks[layer] = PaperNetwork(tensors)

@@ -146,4 +146,4 @@ def _sample(evidence: Evidence) -> tuple[Tensor, Tensor, list[str]]:
     return torch.cat(rows), torch.cat(classes), names
 
 
-K_STEERING = Baseline("k-steering", "Gradient of a classifier", "Oozeer et al. 2025, arXiv 2505.24535", _k_steering)
+K_STEERING = Baseline("k-steering", "Gradient of a classifier", _k_steering)

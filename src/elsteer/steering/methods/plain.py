@@ -41,5 +41,5 @@ def _system_prompt(evidence: Evidence) -> list[Candidate]:
     return [Candidate("system-prompt", {"prompt": name}, system=text) for name, text in _PROMPTS.items()]
 
 
-NONE = Baseline("none", "Plain model", "", _none, learns=False)
-SYSTEM_PROMPT = Baseline("system-prompt", "System prompt", "", _system_prompt, learns=False)
+NONE = Baseline("none", "Plain model", _none, learns=False)
+SYSTEM_PROMPT = Baseline("system-prompt", "System prompt", _system_prompt, learns=False)

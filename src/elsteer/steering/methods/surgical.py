@@ -61,4 +61,4 @@ def _candidate(
     return Candidate("surgical", settings, moves, window)
 
 
-SURGICAL = Baseline("surgical", "Single false-refusal vector ablated", "Wang et al. 2025, arXiv 2410.03415", _surgical)
+SURGICAL = Baseline("surgical", "Single false-refusal vector ablated", _surgical)
