@@ -220,8 +220,9 @@ def test_what_cannot_be_steered_is_refused(tiny: Tiny, landscape: Landscape) -> 
         lm.loglikelihood_rolling([asked("loglikelihood_rolling", "a text")])
     with pytest.raises(SteeringError, match="does not take peft"):
         ElsteerLM(model, landscape, tokenizer=tokenizer, peft="x")
-    with pytest.raises(SteeringError, match="number for --batch_size"):
-        ElsteerLM(model, landscape, tokenizer=tokenizer, batch_size="auto:4")
+    for size in ("auto:4", -1, "0", "many"):  # a negative one would leave all requests out in silence
+        with pytest.raises(SteeringError, match="number for --batch_size"):
+            ElsteerLM(model, landscape, tokenizer=tokenizer, batch_size=size)
     with pytest.raises(SteeringError, match="landscape=PATH"):
         ElsteerLM(model, tokenizer=tokenizer)
     with pytest.raises(SteeringError, match=r"strength is one finite number.*not 'much'"):

@@ -72,8 +72,14 @@ class ElsteerLM(HFLM):
             raise SteeringError(
                 "The model elsteer runs in one process: start lm-eval without accelerate launch or torchrun."
             )
-        if str(batch_size).startswith("auto"):
-            raise SteeringError("The model elsteer needs a number for --batch_size: auto cannot be used.")
+        try:
+            size = 1 if batch_size is None else int(batch_size)
+        except ValueError:
+            size = 0
+        if size < 1:
+            raise SteeringError(
+                f"The model elsteer needs a number for --batch_size, 1 or more, not {batch_size}: auto cannot be used."
+            )
         if landscape is None:
             raise SteeringError("The model elsteer needs a landscape: give landscape=PATH in --model_args.")
         steps = None if strength is None else as_strength(strength)
@@ -92,7 +98,7 @@ class ElsteerLM(HFLM):
             asked.get("thinking") and "enable_thinking" not in options
         ):  # by that name the harness wants a token that ends it
             options["chat_template_args"] = {"enable_thinking": True, **(options.get("chat_template_args") or {})}
-        super().__init__(pretrained=pretrained, tokenizer=tokenizer, batch_size=batch_size or 1, **options)
+        super().__init__(pretrained=pretrained, tokenizer=tokenizer, batch_size=size, **options)
         self.landscape, self.system = read, asked.get("system")
         self.steering = read.attach(pretrained, steps, tokenizer=tokenizer)
         plain_again = weakref.finalize(self, self.steering.remove)  # a model of the caller's own
