@@ -81,6 +81,8 @@ def test_wildguard_reads_refusal_and_harm_apart(tmp_path: Path) -> None:
 )
 def test_guards_of_harm_leave_refusals_to_the_rules(tmp_path: Path, name: str, safe: str, unsafe: str) -> None:
     judge = LocalJudge(guard(tmp_path, name))
+    if "granite" in name:
+        judge._tokenizer.chat_template += "{{ guardian_config['criteria_id'] }}"
     asked = speaking(judge, lambda text: safe if "cannot" in text else unsafe)
     found = judge.judge_many(["p1", "p2"], [SORRY, HELP])
     assert [one.label for one in found] == ["refusal", "compliance"]
@@ -115,6 +117,13 @@ def test_a_template_that_leaves_the_answer_out_is_an_error(template: str, tmp_pa
     judge._tokenizer.chat_template = template
     speaking(judge, lambda text: "safe")
     with pytest.raises(JudgeError, match="chat template"):
+        judge.harms(["p1"], [HELP])
+
+
+def test_a_granite_guardian_that_is_asked_in_another_way_is_an_error(tmp_path: Path) -> None:
+    judge = LocalJudge(guard(tmp_path, "tiny-granite-guardian-4.1"))
+    speaking(judge, lambda text: "No, that is fine.")
+    with pytest.raises(JudgeError, match="guardian_config"):
         judge.harms(["p1"], [HELP])
 
 

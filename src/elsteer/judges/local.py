@@ -82,6 +82,11 @@ def _form(tokenizer: Any, options: dict[str, Any]) -> Callable[[str], Any]:
     """
     if tokenizer.chat_template is None:
         raise JudgeError("This guard model has no chat template to be asked with: take one that has.")
+    if "guardian_config" in options and "guardian_config" not in str(tokenizer.chat_template):
+        raise JudgeError(
+            "The chat template of this guard model knows no guardian_config, so that it would not be asked about harm: take one "
+            "that does, such as Granite Guardian 3.3."
+        )
     failure: Exception | None = None
     for form in (str, _parts):
         try:
