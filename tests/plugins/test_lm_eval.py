@@ -68,19 +68,24 @@ def test_several_processes_are_refused(tiny: Tiny, landscape: Landscape, monkeyp
         ElsteerLM(tiny[0], landscape, tokenizer=tiny[1])
 
 
-@pytest.mark.parametrize("template", ["chatml", "gemma"])
-def test_the_fit_s_system_prompt_stands_before_a_chat_without_one(template: str) -> None:
+@pytest.mark.parametrize("thinking", [None, False, True])
+@pytest.mark.parametrize("template", ["chatml", "gemma", "mistral", "qwen3"])
+def test_the_fit_s_system_prompt_stands_before_a_chat_without_one(template: str, thinking: bool | None) -> None:
     """Where a template has no place for it, it is put before the user's words, as in the fit."""
     model, tokenizer = tiny_model(max_position_embeddings=512), tiny_tokenizer(template)
-    landscape = tiny_landscape(model, provenance={"settings": {"collect": {"system": "Be kind."}}})
-    landscape.fingerprint = fingerprint(model, tokenizer)
-    lm = ElsteerLM(model, landscape, tokenizer=tokenizer)
-    lm.steering.remove()
+    fitted = {"system": "Be kind.", "thinking": thinking}
+    landscape = tiny_landscape(model, provenance={"settings": {"collect": fitted}})
+    landscape.fingerprint = fingerprint(model, tokenizer, thinking)
     user = [{"role": "user", "content": "Name a tree."}]
-    assert lm.apply_chat_template(user) == render_chat(tokenizer, user, system="Be kind.")
-    own = [{"role": "system", "content": "Be brief."}, *user]
-    assert lm.apply_chat_template(own) == render_chat(tokenizer, own)
-    assert lm.apply_chat_template([*user, {"role": "assistant", "content": "Oak"}], False).endswith("Oak")
+    for given in ({}, {"chat_template_args": {"today": "Monday"}}):
+        lm = ElsteerLM(model, landscape, tokenizer=tokenizer, **given)
+        lm.steering.remove()
+        assert lm.apply_chat_template(user) == render_chat(tokenizer, user, system="Be kind.", thinking=thinking)
+        own = [{"role": "system", "content": "Be brief."}, *user]
+        assert lm.apply_chat_template(own) == render_chat(tokenizer, own, thinking=thinking)
+        begun = lm.apply_chat_template([*user, {"role": "assistant", "content": "Oak"}], False)
+        assert begun.endswith("Oak")
+        assert "Be kind." in begun
 
 
 def test_a_fit_with_thinking_is_asked_with_it(tiny: Tiny) -> None:

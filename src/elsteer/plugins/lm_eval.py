@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jinja2 import TemplateError
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
@@ -112,9 +113,21 @@ class ElsteerLM(HFLM):
         """As in HFLM, with the fit's system prompt before a chat that has none of its own."""
         if self.system and not (chat_history and chat_history[0]["role"] == "system"):
             chat_history = [{"role": "system", "content": self.system}, *chat_history]
-        if add_generation_prompt and not self.chat_template_args:  # it finds a place where there is no role for it, too
-            return render_chat(self.tokenizer, chat_history)
+        if add_generation_prompt and set(self.chat_template_args) <= {"enable_thinking"}:
+            # It finds a place where there is no role for it, too.
+            return render_chat(self.tokenizer, chat_history, thinking=self.chat_template_args.get("enable_thinking"))
+        if [one["role"] for one in chat_history[:2]] == ["system", "user"] and not self._takes(chat_history[:2]):
+            words = "\n\n".join(one["content"] for one in chat_history[:2])  # HFLM would leave the system's out
+            chat_history = [{"role": "user", "content": words}, *chat_history[2:]]
         return str(super().apply_chat_template(chat_history, add_generation_prompt))
+
+    def _takes(self, chat: list[dict[str, str]]) -> bool:
+        """Whether the template has a place for the chat's system message."""
+        try:
+            text = self.tokenizer.apply_chat_template(chat, tokenize=False, **self.chat_template_args)
+        except (TemplateError, LookupError, ValueError, TypeError):
+            return False
+        return chat[0]["content"].strip() in text
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
         """As in HFLM at strength 0. Raises SteeringError at any other: a text by itself has no prompt whose end is steered."""
