@@ -12,7 +12,7 @@ import torch
 
 from elsteer.completions import PromptCaches
 from elsteer.decoding import prefill, score, share_prefix
-from elsteer.errors import LandscapeError, SteeringError
+from elsteer.errors import LandscapeError, ModelError, SteeringError
 from elsteer.landscape import Landscape
 from elsteer.models import encode_chat, fingerprint, load, render_chat
 from landscapes import RULE, tiny_landscape
@@ -230,6 +230,8 @@ def test_what_cannot_be_steered_is_refused(tiny: Tiny, landscape: Landscape) -> 
             ElsteerLM(model, landscape, tokenizer=tokenizer, batch_size=size)
     with pytest.raises(SteeringError, match="landscape=PATH"):
         ElsteerLM(model, tokenizer=tokenizer)
+    with pytest.raises(SteeringError, match="pretrained=MODEL"):
+        ElsteerLM(landscape=landscape)
     with pytest.raises(SteeringError, match=r"strength is one finite number.*not 'much'"):
         ElsteerLM(model, landscape, "much", tokenizer=tokenizer)
     with pytest.raises(SteeringError, match="Give the tokenizer"):
@@ -258,6 +260,18 @@ def saved(tmp_path: Path) -> tuple[Path, Path]:
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     tiny_landscape(model, rule=RULE).save_pretrained(tmp_path / "landscape")
     return tmp_path / "model", tmp_path / "landscape"
+
+
+def test_the_harness_s_own_default_device_is_the_cpu_without_a_gpu(
+    saved: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its command line asks for cuda:0 wherever nothing else is asked for, and HFLM then takes what there is."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    lm = ElsteerLM(str(saved[0]), str(saved[1]), device="cuda:0")
+    lm.steering.remove()
+    assert lm.device.type != "cuda"
+    with pytest.raises(ModelError, match="torch sees no GPU"):
+        ElsteerLM(str(saved[0]), str(saved[1]), device="cuda:1")
 
 
 def test_the_harness_finds_it_by_name_and_runs_a_task_on_it(

@@ -53,7 +53,7 @@ class ElsteerLM(HFLM):
 
     def __init__(
         self,
-        pretrained: str | PreTrainedModel,
+        pretrained: str | PreTrainedModel | None = None,
         landscape: str | Landscape | None = None,
         strength: float | str | None = None,
         *,
@@ -81,12 +81,18 @@ class ElsteerLM(HFLM):
             raise SteeringError(
                 f"The model elsteer needs a number for --batch_size, 1 or more, not {batch_size}: auto cannot be used."
             )
+        if pretrained is None:
+            raise SteeringError("The model elsteer needs a model: give pretrained=MODEL in --model_args.")
         if landscape is None:
             raise SteeringError("The model elsteer needs a landscape: give landscape=PATH in --model_args.")
         steps = None if strength is None else as_strength(strength)
         read = landscape if isinstance(landscape, Landscape) else Landscape.from_pretrained(landscape)
         if isinstance(pretrained, str):
             revision = revision or read.fingerprint.revision_of(pretrained)
+            if (
+                device == "cuda:0" and not torch.cuda.is_available()
+            ):  # the harness's default: HFLM takes what there is, too
+                device = None
             pretrained, tokenizer = load(pretrained, revision=revision, dtype=dtype, device=device)
         elif tokenizer is None:
             raise SteeringError(
