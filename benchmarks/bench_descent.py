@@ -15,7 +15,7 @@ from collections.abc import Callable
 from functools import cache
 
 import torch
-from side_by_side import in_turn, keep, product, ratio, seconds, show
+from side_by_side import in_turn, keep, no_options, product, ratio, seconds, show
 from torch import Tensor, nn
 
 from elsteer.energy.descent import Descent
@@ -128,4 +128,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    no_options(__doc__)
     main()

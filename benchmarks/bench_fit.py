@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from bench_train import EPOCHS, paper_layer
-from side_by_side import keep, peak_memory, show
+from side_by_side import keep, no_options, peak_memory, show
 
 import elsteer
 from elsteer.demo import MODEL, fast_dtype
@@ -123,4 +123,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    no_options(__doc__)
     main()

@@ -8,7 +8,7 @@ Shapes of Qwen2.5-0.5B. A ratio above 1 says how many times faster the turned pr
 from __future__ import annotations
 
 import torch
-from side_by_side import in_turn, keep, ratio, show
+from side_by_side import in_turn, keep, no_options, ratio, show
 from torch import nn
 
 from elsteer.evaluation.figures import Figure, machine
@@ -48,4 +48,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    no_options(__doc__)
     main()

@@ -15,7 +15,7 @@ import sys
 from statistics import median
 from time import perf_counter
 
-from side_by_side import keep, ratio, show
+from side_by_side import keep, no_options, ratio, show
 
 import elsteer
 from elsteer.allocator import keep_freed_memory
@@ -72,4 +72,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    child(sys.argv[1] == "kept") if len(sys.argv) > 1 else main()
+    if sys.argv[1:] in (["left"], ["kept"]):
+        child(sys.argv[1] == "kept")
+    else:
+        no_options(__doc__)
+        main()

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable
 
 import torch
-from side_by_side import in_turn, keep, ratio, seconds, show
+from side_by_side import in_turn, keep, no_options, ratio, seconds, show
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -146,4 +146,5 @@ def packed_weights() -> list[Figure]:
 
 
 if __name__ == "__main__":
+    no_options(__doc__)
     main()

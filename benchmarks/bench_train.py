@@ -15,7 +15,7 @@ import time
 
 import torch
 from bench_descent import PaperEnergy
-from side_by_side import keep, show
+from side_by_side import keep, no_options, show
 from torch import Tensor
 
 from elsteer.energy.train import auroc, train
@@ -123,4 +123,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    no_options(__doc__)
     main()

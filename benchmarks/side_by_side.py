@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 import threading
 import time
@@ -16,6 +17,11 @@ from elsteer.evaluation.figures import Figure, write_figures
 from elsteer.evaluation.statistics import Interval
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "bench"
+
+
+def no_options(about: str | None) -> None:
+    """Tells `--help`, and refuses any other option: a benchmark without options would measure, and replace what is recorded."""
+    argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
 
 
 def finish() -> None:

@@ -99,6 +99,13 @@ def test_files_that_are_named_exist(name: str) -> None:
             assert (ROOT / path).exists(), f"{name} names {path}"
 
 
+def test_a_benchmark_that_is_asked_for_help_does_not_measure() -> None:
+    for path in sorted((ROOT / "benchmarks").glob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        if "__main__" in text:  # without options it would measure, and replace what is recorded
+            assert ".parse_args()" in text or "no_options(__doc__)" in text, path.name
+
+
 def test_files_of_the_layout_exist() -> None:
     rows = re.search(r"## Layout\n(.*?)\n## ", text_of("docs/contributing.md"), re.DOTALL)
     assert rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -137,6 +138,7 @@ def test_a_limit_draws_by_seed_and_a_larger_one_holds_the_smaller(data: Path) ->
         ({"question": "q", "choices": ["1", "2"], "answer": "2"}, "subject"),
         ({"subject": "s", "question": "q", "choices": ["1", "2"], "answer": "2"}, "none of its 2 choices"),
         ({"subject": "s", "question": "q", "choices": "AB", "answer": "1"}, "list"),
+        ({"subject": "s", "question": "q", "choices": ["1", "2"], "answer": math.inf}, "infinity"),
         ("no object", "row 2"),
     ],
 )
@@ -146,6 +148,12 @@ def test_a_row_that_is_no_question_is_named(data: Path, row: Any, word: str) -> 
     with pytest.raises(PromptError, match=r"mmlu\.jsonl, row 2 is no question of MMLU") as caught:
         load_choices("mmlu", data_dir=data)
     assert word in str(caught.value)
+
+
+def test_a_file_that_is_nested_without_end_is_said(data: Path) -> None:
+    (data / "capability" / "mmlu.jsonl").write_text("[" * 100_000, encoding="utf-8")
+    with pytest.raises(PromptError, match=r"mmlu\.jsonl cannot be read"):
+        load_choices("mmlu", data_dir=data)
 
 
 def test_a_separator_within_a_text_ends_no_line(data: Path) -> None:
@@ -429,6 +437,26 @@ def test_another_dtype_makes_the_rows_anew_and_leaves_no_figure_of_the_one_befor
     names = {one.name for one in read_figures(tmp_path / "capability.json")}
     assert "capability.mmlu_difference" in names
     assert "capability.kl_neutral" not in names
+
+
+@pytest.mark.parametrize("task", ["mmlu", "truthfulqa"])
+def test_a_right_answer_that_was_mended_counts(
+    task: str, tiny: Tiny, landscape: Landscape, data: Path, tmp_path: Path
+) -> None:
+    capability(*tiny, landscape, [task], out=tmp_path / "a", data_dir=data, strength=STRENGTH)
+    if task == "mmlu":
+        path = data / "capability" / "mmlu.jsonl"
+        rows = [json.loads(line) for line in lines(path)]
+        path.write_text("".join(json.dumps({**row, "answer": "0"}) + "\n" for row in rows), encoding="utf-8")
+    else:
+        path = data / "capability" / "truthfulqa_mc.json"
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        for row in rows:
+            row["mc1_targets"] = {text: int(at == 0) for at, text in enumerate(row["mc1_targets"])}
+        path.write_text(json.dumps(rows), encoding="utf-8")
+    found = capability(*tiny, landscape, [task], out=tmp_path / "a", data_dir=data, strength=STRENGTH)
+    afresh = capability(*tiny, landscape, [task], out=tmp_path / "b", data_dir=data, strength=STRENGTH)
+    assert found.choices == afresh.choices
 
 
 def test_another_prompt_under_the_same_id_is_another_prompt(tiny: Tiny, landscape: Landscape, tmp_path: Path) -> None:

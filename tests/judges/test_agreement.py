@@ -90,6 +90,7 @@ def test_rows_without_a_label_are_left_out(tmp_path: Path) -> None:
         ("deep.jsonl", b"[" * 100_000 + b"\n", "line 1 is not JSON"),
         ("cut.csv", b'completion,label\nx,refusal\n"y,refus', "is not CSV: unexpected end"),
         ("number.jsonl", b'{"completion": 5, "label": "refusal"}\n', "not text"),
+        ("half.jsonl", b'{"completion": "a \\ud800", "label": "refusal"}\n', "line 1 holds half of a character"),
     ],
 )
 def test_a_bad_file_is_named_with_its_line(tmp_path: Path, name: str, text: bytes, said: str) -> None:

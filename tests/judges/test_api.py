@@ -175,6 +175,33 @@ def test_trouble_that_stays_is_an_error(service: Service) -> None:
         ApiJudge("http://127.0.0.1:9/v1", "m", pause=0.0, tries=2).judge("How?", ANSWER)
 
 
+def test_an_answer_that_breaks_off_or_counts_without_end_is_an_error() -> None:
+    class Broken(BaseHTTPRequestHandler):
+        status, body, length = 400, b"no such", 500
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(self.status)
+            self.send_header("Content-Length", str(self.length))
+            self.end_headers()
+            self.wfile.write(self.body)
+
+        def log_message(self, *args: Any) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Broken)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    one = ApiJudge(f"http://127.0.0.1:{server.server_port}/v1", "m", pause=0.0, tries=2)
+    with pytest.raises(JudgeError, match="status 400"):
+        one.judge("How?", ANSWER)
+    Broken.status = 200
+    Broken.body = b'{"choices": [{"message": {"content": "1"}}], "usage": {"prompt_tokens": 1e999}}'
+    Broken.length = len(Broken.body)
+    with pytest.raises(JudgeError, match="chat completions"):
+        one.judge("How?", ANSWER)
+    server.shutdown()
+    server.server_close()
+
+
 @pytest.mark.parametrize(
     "url",
     ["nowhere", "http://", "http://[bad", "http://localhost:9/\u00f6/v1", "http://localhost:abc/v1", "ftp://a/v1"],

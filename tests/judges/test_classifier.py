@@ -79,6 +79,13 @@ def test_too_few_labels_are_an_error() -> None:
         ClassifierJudge.train(rows(12))
 
 
+@pytest.mark.parametrize("words", [[""], [f"{chr(0x4E00 + at)}{chr(0x5E00 + at)}" for at in range(40)]])
+def test_labels_that_share_no_words_are_an_error(words: list[str]) -> None:
+    some = [LabelledCompletion("", words[at % len(words)], at % 2 == 0, "") for at in range(40)]
+    with pytest.raises(JudgeError, match="no words in common"):
+        ClassifierJudge.train(some)
+
+
 def test_without_labels_the_judge_says_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ELSTEER_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("ELSTEER_DATA", str(tmp_path))

@@ -81,6 +81,8 @@ def test_wildguard_reads_refusal_and_harm_apart(tmp_path: Path) -> None:
 )
 def test_guards_of_harm_leave_refusals_to_the_rules(tmp_path: Path, name: str, safe: str, unsafe: str) -> None:
     judge = LocalJudge(guard(tmp_path, name))
+    if "granite" in name:
+        judge._tokenizer.chat_template += "{{ guardian_config['criteria_id'] }}"
     asked = speaking(judge, lambda text: safe if "cannot" in text else unsafe)
     found = judge.judge_many(["p1", "p2"], [SORRY, HELP])
     assert [one.label for one in found] == ["refusal", "compliance"]
@@ -88,6 +90,52 @@ def test_guards_of_harm_leave_refusals_to_the_rules(tmp_path: Path, name: str, s
     assert judge.name.endswith("refusals by rules")
     assert judge.harms(["p1", "p2"], [SORRY, HELP]) == [0.0, 1.0]
     assert "<|im_start|>assistant\n" + SORRY in asked[0]
+
+
+# As that of Llama Guard 3 1B: parts of a message alone are read, and of a text there is nothing left.
+PARTS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% for part in m['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] | trim }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}"
+)
+
+
+def test_a_template_that_reads_parts_is_given_parts(tmp_path: Path) -> None:
+    judge = LocalJudge(guard(tmp_path, "tiny-Llama-Guard-3-1B"))
+    judge._tokenizer.chat_template = PARTS
+    asked = speaking(judge, lambda text: "safe" if "cannot" in text else "unsafe\nS2")
+    assert judge.harms(["p1", "p2"], [SORRY, HELP]) == [0.0, 1.0]
+    assert "user\np1<" in asked[0]
+    assert f"assistant\n{SORRY}<" in asked[0]
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ 'Is this harmful?' }}", "{{ messages[0]['content'] }}", "{{ raise_exception('no') }}"]
+)
+def test_a_template_that_leaves_the_answer_out_is_an_error(template: str, tmp_path: Path) -> None:
+    judge = LocalJudge(guard(tmp_path, "tiny-llama-guard"))
+    judge._tokenizer.chat_template = template
+    speaking(judge, lambda text: "safe")
+    with pytest.raises(JudgeError, match="chat template"):
+        judge.harms(["p1"], [HELP])
+
+
+def test_a_granite_guardian_that_is_asked_in_another_way_is_an_error(tmp_path: Path) -> None:
+    judge = LocalJudge(guard(tmp_path, "tiny-granite-guardian-4.1"))
+    speaking(judge, lambda text: "No, that is fine.")
+    with pytest.raises(JudgeError, match="guardian_config"):
+        judge.harms(["p1"], [HELP])
+
+
+def test_granite_guardian_is_asked_about_harm_in_the_words_of_all_its_versions(tmp_path: Path) -> None:
+    judge = LocalJudge(guard(tmp_path, "tiny-granite-guardian"))
+    judge._tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] + '\n' }}{% endfor %}"
+        "{{ 'risk ' ~ guardian_config['risk_name'] ~ ', criteria ' ~ guardian_config['criteria_id'] }}"
+    )
+    asked = speaking(judge, lambda text: "<think>\n</think>\n<score> yes </score>")
+    assert judge.harms(["p1"], [HELP]) == [1.0]
+    assert asked[0].endswith("risk harm, criteria harm")
 
 
 def test_words_of_a_real_model_that_is_no_guard_are_unscored(tmp_path: Path) -> None:

@@ -161,6 +161,8 @@ def test_what_is_not_supported_is_refused(saved: Path) -> None:
         ElsteerAPI(model, landscape=landscape, peft="x")
     with pytest.raises(SteeringError, match=r"strength is one finite number.*not 'much'"):
         ElsteerAPI(model, landscape=landscape, strength="much")
+    with pytest.raises(SteeringError, match="thinking is true or false, not 'maybe'"):
+        ElsteerAPI(model, landscape=landscape, thinking="maybe")
     with pytest.raises(LandscapeError, match="nowhere"):
         ElsteerAPI(model, landscape=str(saved / "nowhere"))
     with pytest.raises(SteeringError, match="log probabilities"):

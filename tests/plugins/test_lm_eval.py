@@ -12,7 +12,7 @@ import torch
 
 from elsteer.completions import PromptCaches
 from elsteer.decoding import prefill, score, share_prefix
-from elsteer.errors import LandscapeError, SteeringError
+from elsteer.errors import LandscapeError, ModelError, SteeringError
 from elsteer.landscape import Landscape
 from elsteer.models import encode_chat, fingerprint, load, render_chat
 from landscapes import RULE, tiny_landscape
@@ -68,19 +68,24 @@ def test_several_processes_are_refused(tiny: Tiny, landscape: Landscape, monkeyp
         ElsteerLM(tiny[0], landscape, tokenizer=tiny[1])
 
 
-@pytest.mark.parametrize("template", ["chatml", "gemma"])
-def test_the_fit_s_system_prompt_stands_before_a_chat_without_one(template: str) -> None:
+@pytest.mark.parametrize("thinking", [None, False, True])
+@pytest.mark.parametrize("template", ["chatml", "gemma", "mistral", "qwen3"])
+def test_the_fit_s_system_prompt_stands_before_a_chat_without_one(template: str, thinking: bool | None) -> None:
     """Where a template has no place for it, it is put before the user's words, as in the fit."""
     model, tokenizer = tiny_model(max_position_embeddings=512), tiny_tokenizer(template)
-    landscape = tiny_landscape(model, provenance={"settings": {"collect": {"system": "Be kind."}}})
-    landscape.fingerprint = fingerprint(model, tokenizer)
-    lm = ElsteerLM(model, landscape, tokenizer=tokenizer)
-    lm.steering.remove()
+    fitted = {"system": "Be kind.", "thinking": thinking}
+    landscape = tiny_landscape(model, provenance={"settings": {"collect": fitted}})
+    landscape.fingerprint = fingerprint(model, tokenizer, thinking)
     user = [{"role": "user", "content": "Name a tree."}]
-    assert lm.apply_chat_template(user) == render_chat(tokenizer, user, system="Be kind.")
-    own = [{"role": "system", "content": "Be brief."}, *user]
-    assert lm.apply_chat_template(own) == render_chat(tokenizer, own)
-    assert lm.apply_chat_template([*user, {"role": "assistant", "content": "Oak"}], False).endswith("Oak")
+    for given in ({}, {"chat_template_args": {"today": "Monday"}}):
+        lm = ElsteerLM(model, landscape, tokenizer=tokenizer, **given)
+        lm.steering.remove()
+        assert lm.apply_chat_template(user) == render_chat(tokenizer, user, system="Be kind.", thinking=thinking)
+        own = [{"role": "system", "content": "Be brief."}, *user]
+        assert lm.apply_chat_template(own) == render_chat(tokenizer, own, thinking=thinking)
+        begun = lm.apply_chat_template([*user, {"role": "assistant", "content": "Oak"}], False)
+        assert begun.endswith("Oak")
+        assert "Be kind." in begun
 
 
 def test_a_fit_with_thinking_is_asked_with_it(tiny: Tiny) -> None:
@@ -220,10 +225,13 @@ def test_what_cannot_be_steered_is_refused(tiny: Tiny, landscape: Landscape) -> 
         lm.loglikelihood_rolling([asked("loglikelihood_rolling", "a text")])
     with pytest.raises(SteeringError, match="does not take peft"):
         ElsteerLM(model, landscape, tokenizer=tokenizer, peft="x")
-    with pytest.raises(SteeringError, match="number for --batch_size"):
-        ElsteerLM(model, landscape, tokenizer=tokenizer, batch_size="auto:4")
+    for size in ("auto:4", -1, "0", "many"):  # a negative one would leave all requests out in silence
+        with pytest.raises(SteeringError, match="number for --batch_size"):
+            ElsteerLM(model, landscape, tokenizer=tokenizer, batch_size=size)
     with pytest.raises(SteeringError, match="landscape=PATH"):
         ElsteerLM(model, tokenizer=tokenizer)
+    with pytest.raises(SteeringError, match="pretrained=MODEL"):
+        ElsteerLM(landscape=landscape)
     with pytest.raises(SteeringError, match=r"strength is one finite number.*not 'much'"):
         ElsteerLM(model, landscape, "much", tokenizer=tokenizer)
     with pytest.raises(SteeringError, match="Give the tokenizer"):
@@ -252,6 +260,18 @@ def saved(tmp_path: Path) -> tuple[Path, Path]:
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     tiny_landscape(model, rule=RULE).save_pretrained(tmp_path / "landscape")
     return tmp_path / "model", tmp_path / "landscape"
+
+
+def test_the_harness_s_own_default_device_is_the_cpu_without_a_gpu(
+    saved: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its command line asks for cuda:0 wherever nothing else is asked for, and HFLM then takes what there is."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    lm = ElsteerLM(str(saved[0]), str(saved[1]), device="cuda:0")
+    lm.steering.remove()
+    assert lm.device.type != "cuda"
+    with pytest.raises(ModelError, match="torch sees no GPU"):
+        ElsteerLM(str(saved[0]), str(saved[1]), device="cuda:1")
 
 
 def test_the_harness_finds_it_by_name_and_runs_a_task_on_it(

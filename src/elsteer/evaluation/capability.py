@@ -313,7 +313,12 @@ class _Work:
         room = 1
         if not BENCHMARKS[task].letters:
             room = max(len(ids) for row in self._encoded(items) for ids in row)
-        return self._rows(task, BENCHMARKS[task].title, [one.prompt for one in items], room, measure)
+
+        def known(row: Row) -> bool:
+            """Whether the right answer is still the one that the row was measured with: a file may have been mended."""
+            return row["id"] not in answers or row["answer"] == answers[row["id"]].answer
+
+        return self._rows(task, BENCHMARKS[task].title, [one.prompt for one in items], room, measure, known=known)
 
     def facts(self, items: Sequence[Fact]) -> list[Row]:
         """Rows {"id", "question", "plain", "steered", "plain_right", "steered_right"} of greedy answers."""
@@ -375,12 +380,15 @@ class _Work:
         room: int,
         measure: Callable[[PromptCaches, PromptBatch], list[Row]],
         extra: Any = None,
+        known: Callable[[Row], bool] = bool,
     ) -> list[Row]:
-        """The rows of `prompts`, those on disk taken as they are; `measure` makes those of a batch, without their ids."""
+        """The rows of `prompts`, those on disk taken as they are where `known`; `measure` makes those of a batch, without
+        their ids."""
         name = f"capability/{task}.jsonl"
         self.run.stage(f"capability {task}", key_of(self.key, extra), [name])
         path = self.run / name
-        rows = dict(read_rows(path, lambda row: (row["id"], row)))
+        told = read_rows(path, lambda row: (row["id"], row, known(row)))
+        rows = {one: row for one, row, same in told if same}
         todo = [prompt for prompt in prompts if prompt.id not in rows]
         done = len(prompts) - len(todo)
         self._tell(title, done, len(prompts))

@@ -159,7 +159,7 @@ def load_choices(
             one = read(row)
             if one is not None and not (0 <= one.answer < len(one.choices) <= (len(LETTERS) if one.letters else 99)):
                 raise ValueError(f"its answer is none of its {len(one.choices)} choices")
-        except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
+        except (LookupError, ValueError, OverflowError, TypeError, AttributeError) as error:
             raise PromptError(
                 f"{place}, row {number} is no question of {benchmark.title} ({error}): get the file again."
             ) from error
@@ -192,7 +192,7 @@ def _file_rows(path: Path) -> list[Mapping[str, Any]]:
         text = path.read_text(encoding="utf-8")
         lines = text.split("\n")  # not splitlines: U+2028 may stand in a text
         rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in lines if line.strip()]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise PromptError(f"{path} cannot be read ({error}): get the file again.") from error
     if not isinstance(rows, list):
         raise PromptError(f"{path} holds no list of questions: get the file again.")

@@ -233,7 +233,7 @@ def _labelled(row: dict[str, Any], where: str) -> LabelledCompletion | None:
         raise JudgeError(f"{where} has {form[1]} {str(label)[:40]!r}: wanted one of {', '.join(_LABELS)}.")
     if text is not None and not isinstance(text, str):
         raise JudgeError(f"{where} has a {form[0]} that is not text.")
-    prompt = row.get("prompt") or row.get("objective") or ""
-    return LabelledCompletion(
-        prompt=str(prompt), completion=text or "", refusal=refusal, model=str(row.get("model") or "")
-    )
+    prompt = str(row.get("prompt") or row.get("objective") or "")
+    if any("\ud800" <= letter <= "\udfff" for letter in prompt + (text or "")):  # no tokenizer takes it
+        raise JudgeError(f"{where} holds half of a character (a lone surrogate): delete or mend it.")
+    return LabelledCompletion(prompt=prompt, completion=text or "", refusal=refusal, model=str(row.get("model") or ""))

@@ -199,7 +199,7 @@ class ApiJudge:
                     raise JudgeError(f"The judge at {where} redirects to {to}: give that address itself.") from error
                 if error.code not in (408, 429) and error.code < 500:
                     raise JudgeError(
-                        f"The judge at {where} refused the request ({why}: {error.read()[:120]!r}): check the address, the "
+                        f"The judge at {where} refused the request ({why}: {_start_of(error)!r}): check the address, the "
                         "model's name and the key in ELSTEER_JUDGE_KEY."
                     ) from error
             except (OSError, HTTPException) as error:  # no connection, a time-out, an answer that breaks off
@@ -221,7 +221,7 @@ class ApiJudge:
             text = found["choices"][0]["message"]["content"]
             used = found.get("usage") or {}
             spent = int(used.get("prompt_tokens") or 0), int(used.get("completion_tokens") or 0)
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        except (LookupError, ValueError, OverflowError, RecursionError, TypeError, AttributeError) as error:
             raise JudgeError(
                 f"The judge at {where} does not speak the chat completions format: check the address."
             ) from error
@@ -230,6 +230,14 @@ class ApiJudge:
             self.usage.tokens_in += spent[0]
             self.usage.tokens_out += spent[1]
         return text if isinstance(text, str) else ""
+
+
+def _start_of(error: urllib.error.HTTPError) -> bytes:
+    """Of the service's words on its refusal; none where they break off."""
+    try:
+        return error.read()[:120]
+    except (OSError, HTTPException):
+        return b""
 
 
 def _seconds(said: str | None) -> float:

@@ -70,7 +70,12 @@ class ClassifierJudge:
         texts = [_text(row.completion) for row in rows]
         vectorizers = {kind: TfidfVectorizer(**options) for kind, options in _KINDS.items()}
         for vectorizer in vectorizers.values():
-            vectorizer.fit(texts)
+            try:
+                vectorizer.fit(texts)
+            except ValueError as error:  # no term stands in as many texts as is asked for
+                raise JudgeError(
+                    "The labelled completions have no words in common to learn from: give more of them, of real answers."
+                ) from error
         found = LogisticRegression(C=_STRENGTH, max_iter=2000)
         found.fit(_features(vectorizers, texts), labels)
         return cls(vectorizers, np.asarray(found.coef_[0], dtype=np.float64), float(found.intercept_[0]))

@@ -72,6 +72,8 @@ class ElsteerAPI(ModelAPI):
         self.landscape = Landscape.from_pretrained(str(model_args["landscape"]))
         asked = self.landscape.asked_with  # steering is fitted to where such a chat ends
         self.thinking: bool | None = model_args.get("thinking", asked.get("thinking"))
+        if self.thinking not in (True, False, None):  # a template would take any word for one or the other
+            raise SteeringError(f"The provider elsteer's thinking is true or false, not {self.thinking!r}.")
         self.system: str | None = asked.get("system")
         self.model, self.tokenizer = load(
             model_name,

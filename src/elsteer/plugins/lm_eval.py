@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jinja2 import TemplateError
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
@@ -52,7 +53,7 @@ class ElsteerLM(HFLM):
 
     def __init__(
         self,
-        pretrained: str | PreTrainedModel,
+        pretrained: str | PreTrainedModel | None = None,
         landscape: str | Landscape | None = None,
         strength: float | str | None = None,
         *,
@@ -72,14 +73,26 @@ class ElsteerLM(HFLM):
             raise SteeringError(
                 "The model elsteer runs in one process: start lm-eval without accelerate launch or torchrun."
             )
-        if str(batch_size).startswith("auto"):
-            raise SteeringError("The model elsteer needs a number for --batch_size: auto cannot be used.")
+        try:
+            size = 1 if batch_size is None else int(batch_size)
+        except ValueError:
+            size = 0
+        if size < 1:
+            raise SteeringError(
+                f"The model elsteer needs a number for --batch_size, 1 or more, not {batch_size}: auto cannot be used."
+            )
+        if pretrained is None:
+            raise SteeringError("The model elsteer needs a model: give pretrained=MODEL in --model_args.")
         if landscape is None:
             raise SteeringError("The model elsteer needs a landscape: give landscape=PATH in --model_args.")
         steps = None if strength is None else as_strength(strength)
         read = landscape if isinstance(landscape, Landscape) else Landscape.from_pretrained(landscape)
         if isinstance(pretrained, str):
             revision = revision or read.fingerprint.revision_of(pretrained)
+            if (
+                device == "cuda:0" and not torch.cuda.is_available()
+            ):  # the harness's default: HFLM takes what there is, too
+                device = None
             pretrained, tokenizer = load(pretrained, revision=revision, dtype=dtype, device=device)
         elif tokenizer is None:
             raise SteeringError(
@@ -92,7 +105,7 @@ class ElsteerLM(HFLM):
             asked.get("thinking") and "enable_thinking" not in options
         ):  # by that name the harness wants a token that ends it
             options["chat_template_args"] = {"enable_thinking": True, **(options.get("chat_template_args") or {})}
-        super().__init__(pretrained=pretrained, tokenizer=tokenizer, batch_size=batch_size or 1, **options)
+        super().__init__(pretrained=pretrained, tokenizer=tokenizer, batch_size=size, **options)
         self.landscape, self.system = read, asked.get("system")
         self.steering = read.attach(pretrained, steps, tokenizer=tokenizer)
         plain_again = weakref.finalize(self, self.steering.remove)  # a model of the caller's own
@@ -106,9 +119,21 @@ class ElsteerLM(HFLM):
         """As in HFLM, with the fit's system prompt before a chat that has none of its own."""
         if self.system and not (chat_history and chat_history[0]["role"] == "system"):
             chat_history = [{"role": "system", "content": self.system}, *chat_history]
-        if add_generation_prompt and not self.chat_template_args:  # it finds a place where there is no role for it, too
-            return render_chat(self.tokenizer, chat_history)
+        if add_generation_prompt and set(self.chat_template_args) <= {"enable_thinking"}:
+            # It finds a place where there is no role for it, too.
+            return render_chat(self.tokenizer, chat_history, thinking=self.chat_template_args.get("enable_thinking"))
+        if [one["role"] for one in chat_history[:2]] == ["system", "user"] and not self._takes(chat_history[:2]):
+            words = "\n\n".join(one["content"] for one in chat_history[:2])  # HFLM would leave the system's out
+            chat_history = [{"role": "user", "content": words}, *chat_history[2:]]
         return str(super().apply_chat_template(chat_history, add_generation_prompt))
+
+    def _takes(self, chat: list[dict[str, str]]) -> bool:
+        """Whether the template has a place for the chat's system message."""
+        try:
+            text = self.tokenizer.apply_chat_template(chat, tokenize=False, **self.chat_template_args)
+        except (TemplateError, LookupError, ValueError, TypeError):
+            return False
+        return chat[0]["content"].strip() in text
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
         """As in HFLM at strength 0. Raises SteeringError at any other: a text by itself has no prompt whose end is steered."""
