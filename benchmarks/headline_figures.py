@@ -214,8 +214,8 @@ class Work:
         if self.published:
             settings = FitSettings(seed=seed, limit=self.train or EVIDENCE, attacks=(),
                                    training=TrainingSettings(refine_epochs=0), tuning=TUNING[self.size])  # fmt: skip
-            collect(*self.model, train, Landscape.from_pretrained(self.published), dev=dev, run_dir=self.fitted(seed),
-                    settings=settings, progress=progress)  # fmt: skip
+            collect(*self.model, train, Landscape.from_pretrained(self.published), dev=dev, neutral=neutral,
+                    run_dir=self.fitted(seed), settings=settings, progress=progress)  # fmt: skip
             return
         given: dict[str, Any] = {"seed": seed, "training": TRAINING[self.size], "tuning": TUNING[self.size]}
         given |= REDUCED_FIT.get(self.size, {}) if self.reduced else {}
@@ -497,8 +497,7 @@ def main() -> int:
         for one in (read_figures(page) if page.exists() else [])
         if not one.name.startswith(f"{work.size}.") or (same and one.name not in names)
     ]
-    page.unlink(missing_ok=True)
-    write_figures(page, [*others, *figures])
+    write_figures(page, [*others, *figures], only=True)
     shutil.copy(work.run / "compare/frontier.png", options.results / f"frontier-{work.size}.png")
     shutil.copy(work.run / "compare/compare.md", options.results / f"compare-{work.size}.md")
     (options.results / f"before-after-{work.size}.png").write_bytes(work.before_after())

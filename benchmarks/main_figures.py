@@ -90,8 +90,7 @@ def main() -> int:
     figures += draws(work, options.run_dir, command, options.batch_size, figures)
     figures += judge_figures(options.data_dir, command)
     figures += [one for one in (read_figures(page) if page.exists() else []) if one.name == "demo.seconds"]
-    page.unlink(missing_ok=True)
-    write_figures(page, figures)
+    write_figures(page, figures, only=True)
     return write_page(options.results)
 
 

@@ -132,12 +132,15 @@ def collect(
     *,
     run_dir: str | Path,
     dev: Sequence[Prompt] | None = None,
+    neutral: Sequence[Prompt] | None = None,
     settings: FitSettings | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Answer and read `prompts` and `dev` as a fit does, and put `landscape`, fitted elsewhere, into run_dir.
 
     What other methods learn from and are tuned on, so that `elsteer.comparison.compare` can measure them beside it.
+    neutral: the everyday prompts that they may hardly change; those of the landscape's fit, so that all are held to the same
+    bound; None: those that are shipped.
     settings: by default as the landscape's prompts were asked, with its system prompt and thinking mode. Started again, it goes
     on where it was. Raises PromptError, RunError (settings that ask otherwise), and LandscapeError where it is of another model.
     """
@@ -152,7 +155,7 @@ def collect(
     run = RunFolder(run_dir)
     with run.owned():
         landscape.attach(model, 0.0, tokenizer=tokenizer).remove()
-        _collected(model, tokenizer, prompts, run, dev, None, settings, progress, fitted=False)
+        _collected(model, tokenizer, prompts, run, dev, neutral, settings, progress, fitted=False)
         landscape.save_pretrained(run / "landscape")
 
 

@@ -171,6 +171,9 @@ def test_methods_are_compared_with_a_landscape_that_was_fitted_elsewhere(
     assert not (tmp_path / "run/landscape").exists()
     collect(*tiny, train, landscape, run_dir=tmp_path / "run", dev=dev, settings=tiny_settings())
     assert not (tmp_path / "run/energy").exists()
+    mine = some_prompts(5, start=400)
+    collect(*tiny, train, landscape, run_dir=tmp_path / "bound", dev=dev, neutral=mine, settings=tiny_settings())
+    assert [one.text for one in RunFolder(tmp_path / "bound").prompts("neutral")] == [one.text for one in mine]
     given = {"budget": 3, "finalists": 2, "batch_size": 8, "judge": "letters"}
     here, there = (
         compare(*tiny, run, ["els", "caa"], [str(suite)], out=tmp_path / name, **given)

@@ -51,6 +51,8 @@ def test_a_second_command_adds_its_figures_and_replaces_its_own(tmp_path: Path) 
     write_figures(path, [figure("b", 1.0), figure("c", 2.0)])
     write_figures(path, [figure("a", 3.0), figure("c", 4.0)])
     assert [(one.name, one.value) for one in read_figures(path)] == [("a", 3.0), ("b", 1.0), ("c", 4.0)]
+    write_figures(path, [figure("d", 5.0)], only=True)
+    assert [one.name for one in read_figures(path)] == ["d"]
 
 
 def test_an_interval_becomes_a_figure_with_its_n() -> None:

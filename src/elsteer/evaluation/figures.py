@@ -61,12 +61,13 @@ class Figure:
         return cls(name, interval.value, command, seed, model, machine, interval.low, interval.high, interval.n, note)
 
 
-def write_figures(path: Path, figures: Iterable[Figure]) -> None:
+def write_figures(path: Path, figures: Iterable[Figure], *, only: bool = False) -> None:
     """Write `figures` into the file, atomically and sorted by name; those of other names that are there stay.
 
+    only: none of other names stays, and what the file holds is not read.
     Raises RunError when the file that is there is not a figures file, or cannot be written.
     """
-    kept = {figure.name: figure for figure in read_figures(path)} if Path(path).exists() else {}
+    kept = {figure.name: figure for figure in read_figures(path)} if Path(path).exists() and not only else {}
     kept |= {figure.name: figure for figure in figures}
     write_json(Path(path), {"figures": [_as_json(kept[name]) for name in sorted(kept)]})
 
