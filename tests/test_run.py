@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from elsteer.errors import RunError
-from elsteer.files import write_jsonl
+from elsteer.files import write_atomic, write_jsonl
 from elsteer.models import elsteer_cache
 from elsteer.prompts import Prompt
 from elsteer.run import RunFolder, key_of, told_apart, without_nan
@@ -51,6 +51,22 @@ def test_what_a_killed_run_left_of_its_scratch_goes_when_the_next_begins(tmp_pat
     (folder / "states").write_bytes(b"x")
     with run.owned():
         assert not folder.exists()
+
+
+def test_what_a_killed_command_left_half_written_goes_and_what_is_being_written_stays(tmp_path: Path) -> None:
+    left: list[Path] = []
+
+    def written(to: Path) -> None:
+        to.write_bytes(b"x")
+        left.append(to.rename(to.with_name(f"{to.name}2")))  # as if the command had been killed now
+        os.utime(left[0], (1.0, 1.0))
+        to.write_bytes(b"y")
+        with RunFolder(tmp_path).owned():
+            assert to.exists()
+            assert not left[0].exists()
+
+    write_atomic(tmp_path / "states/1.safetensors", written)
+    assert [one.read_bytes() for one in (tmp_path / "states").iterdir()] == [b"y"]
 
 
 def test_the_scratch_of_another_command_on_the_same_folder_stays(tmp_path: Path) -> None:

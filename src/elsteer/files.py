@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +19,7 @@ __all__ = [
     "read_json",
     "read_jsonl",
     "read_rows",
+    "sweep",
     "whole_path",
     "write_atomic",
     "write_json",
@@ -25,6 +27,9 @@ __all__ = [
 ]
 
 Made = TypeVar("Made")
+
+_HALF = ".half-written."  # in front of the names of files that are being written
+_DEAD_SECONDS = 3600  # one that nothing was written to for so long is what a killed command left
 
 
 def expanded(path: str | Path) -> Path:
@@ -59,7 +64,7 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=f"{_HALF}{path.name}.", dir=path.parent)
         os.close(handle)
         temporary = Path(name)
         write(temporary)
@@ -72,6 +77,16 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Delete what killed commands left half written in `folder` and below; they can be as large as what they were to become."""
+    for left in folder.rglob(f"{_HALF}*"):
+        try:
+            if time.time() - left.stat().st_mtime > _DEAD_SECONDS:
+                left.unlink()
+        except OSError:  # it is whole by now, or not ours to delete
+            continue
 
 
 def write_json(path: Path, value: Any) -> None:

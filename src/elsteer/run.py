@@ -23,7 +23,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from elsteer.errors import RunError
-from elsteer.files import expanded, read_json, read_rows, write_json
+from elsteer.files import expanded, read_json, read_rows, sweep, write_json
 from elsteer.prompts import Prompt
 
 __all__ = ["RESULT", "RunFolder", "key_of", "of_stage", "told_apart", "without_nan"]
@@ -124,7 +124,8 @@ class RunFolder:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _sweep(self) -> None:
-        """Delete the scratch folders that no process holds any more."""
+        """Delete the scratch folders that no process holds any more, and half-written files."""
+        sweep(self.path)
         for left in self.path.glob("scratch.*"):
             try:
                 with FileLock(left / ".lock", timeout=0):
