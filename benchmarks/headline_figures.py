@@ -14,7 +14,8 @@ figures of the parts that are done, and the landscape.
 
 --published: for a machine on which a fit takes too long. Nothing is fitted: the part `fit` takes the landscape that results/
 holds, and answers and reads as many training prompts as the other methods need. These are direct ones alone, those to tune on
-too, so that the other methods, unlike els, need not hold under attack.
+too, so that the other methods, unlike els, need not hold under attack. The page of it is compare-SIZE-published.md; in the
+picture are all methods that were measured beside this landscape, in whatever run.
 --start: fit, but go on from the landscape that results/ holds, with as many training prompts (`elsteer fit --start`).
 --reduced: for two cores; fewer dev prompts, 450 of each suite, 120 of each attacked and 1,200 of each capability set, no
 strengths beside the tuned one.
@@ -40,11 +41,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from readme_figures import SETS
+from readme_figures import BENIGN, SETS
 
 import elsteer
 from elsteer.allocator import keep_freed_memory
 from elsteer.comparison.compare import compare, known_methods, part_of
+from elsteer.comparison.picture import Spot, comparison_picture
 from elsteer.comparison.result import ComparisonResult
 from elsteer.demo import decode_overhead, fast_dtype
 from elsteer.errors import ElsteerError, NothingHelps
@@ -52,13 +54,14 @@ from elsteer.evaluation.capability import TASKS, capability
 from elsteer.evaluation.evaluate import evaluate
 from elsteer.evaluation.figures import Figure, figures_markdown, machine, read_figures, write_figures
 from elsteer.evaluation.plots import before_after_picture
-from elsteer.evaluation.statistics import Interval
+from elsteer.evaluation.statistics import Interval, wilson
 from elsteer.evaluation.tables import compare as by_set
 from elsteer.files import read_jsonl, write_json
 from elsteer.fitting import collect, fit
 from elsteer.landscape import Landscape
 from elsteer.prompts import Prompt, load_starter, read_prompts, sample
 from elsteer.settings import FitSettings, TrainingSettings, TuningSettings
+from elsteer.tuning import Trial, read_trials
 
 MODELS = {"0.5b": "Qwen/Qwen2.5-Coder-0.5B-Instruct", "1.5b": "Qwen/Qwen2.5-Coder-1.5B-Instruct"}
 ASIDE = {"orbench_toxic": 60, "advbench": 60, "do_not_answer": 180}  # of train.jsonl, for tuning
@@ -329,6 +332,11 @@ class Work:
                     shutil.copy(file, to)
         return self.compare(methods, folder)
 
+    def trials(self) -> dict[str, list[Trial]]:
+        """The settings that were judged on dev, of the methods that were tuned here."""
+        found = {name: read_trials(self.run / f"compare/frontier.{name}.jsonl").values() for name in METHODS}
+        return {name: [one for one in all_ if one.stage != "screening"] for name, all_ in found.items() if all_}
+
     def before_after(self) -> bytes:
         """The picture of plain and steered refusals, from the rows of the comparison."""
         rows = [
@@ -498,12 +506,38 @@ def main() -> int:
         if not one.name.startswith(f"{work.size}.") or (same and one.name not in names)
     ]
     write_figures(page, [*others, *figures], only=True)
-    shutil.copy(work.run / "compare/frontier.png", options.results / f"frontier-{work.size}.png")
-    shutil.copy(work.run / "compare/compare.md", options.results / f"compare-{work.size}.md")
+    beside = same and work.published is not None  # then the fit's own page, and what else was measured beside it, stay
+    shutil.copy(
+        work.run / "compare/compare.md", options.results / f"compare-{work.size}{'-published' if beside else ''}.md"
+    )
+    picture = options.results / f"frontier-{work.size}.png"
+    if beside:
+        picture.write_bytes(frontier_of(read_figures(page), work.size, work.trials()))
+    else:
+        shutil.copy(work.run / "compare/frontier.png", picture)
     (options.results / f"before-after-{work.size}.png").write_bytes(work.before_after())
     if not same:
         fitted.save_pretrained(shipped)
     return write_page(options.results)
+
+
+def frontier_of(figures: list[Figure], size: str, trials: dict[str, list[Trial]]) -> bytes:
+    """The picture of all methods that there are figures of, in runs one after the other beside one landscape."""
+    known = {one.name: one for one in figures}
+
+    def rate(prefix: str, parts: tuple[str, ...]) -> Interval:
+        of = [known[f"{size}.{prefix}.{part}"] for part in parts]
+        return wilson(round(sum(one.value * (one.n or 0) for one in of)), sum(one.n or 0 for one in of))
+
+    benign, harmful = ([name for name in SETS if (name in BENIGN) == kind] for kind in (True, False))
+    spots = [
+        Spot(name, 1.0, *(rate(f"{prefix}steered_refused", tuple(parts)) for parts in (benign, harmful)), chosen=True)
+        for name in METHODS
+        for prefix in ("" if name == "els" else f"{name}.",)
+        if f"{size}.{prefix}steered_refused.{harmful[0]}" in known
+    ]
+    plain = rate("plain_refused", tuple(benign)), rate("plain_refused", tuple(harmful))
+    return comparison_picture(spots, plain, trials)
 
 
 def write_page(results: Path) -> int:

@@ -436,8 +436,7 @@ def _result(
     n = rates[True]["all"].n
     detectable = detectable_difference(n, max(0.02, float(np.median(changed)))) if changed else math.nan
     result = ComparisonResult(found, rates[False], rates[True], detectable, sentence(found, rates), folder)
-    (folder / "compare.json").unlink(missing_ok=True)  # of other methods, or another fit, no figure stays
-    write_figures(folder / "compare.json", _figures(work, result, command))
+    write_figures(folder / "compare.json", _figures(work, result, command), only=True)  # none of other methods stays
     page = markdown(result, list(prompts))
     write_atomic(folder / "compare.md", lambda to: to.write_text(page, encoding="utf-8"))
     spots = [

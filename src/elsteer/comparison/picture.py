@@ -82,4 +82,5 @@ def comparison_picture(
     percent_axes(axis)
     open_frame(axis)
     legend(axis, loc="center left", bbox_to_anchor=(1.01, 0.5), ncol=1)
-    return png(figure, axis, "On prompts that nothing was chosen by; faint: settings tried on dev", dpi)
+    faint = "" if trial is None else "; faint: settings tried on dev"
+    return png(figure, axis, f"On prompts that nothing was chosen by{faint}", dpi)
