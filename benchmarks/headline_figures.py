@@ -525,18 +525,18 @@ def frontier_of(figures: list[Figure], size: str, trials: dict[str, list[Trial]]
     """The picture of all methods that there are figures of, in runs one after the other beside one landscape."""
     known = {one.name: one for one in figures}
 
-    def rate(prefix: str, parts: tuple[str, ...]) -> Interval:
+    def rate(prefix: str, parts: list[str]) -> Interval:
         of = [known[f"{size}.{prefix}.{part}"] for part in parts]
         return wilson(round(sum(one.value * (one.n or 0) for one in of)), sum(one.n or 0 for one in of))
 
     benign, harmful = ([name for name in SETS if (name in BENIGN) == kind] for kind in (True, False))
     spots = [
-        Spot(name, 1.0, *(rate(f"{prefix}steered_refused", tuple(parts)) for parts in (benign, harmful)), chosen=True)
+        Spot(name, 1.0, *(rate(f"{prefix}steered_refused", parts) for parts in (benign, harmful)), chosen=True)
         for name in METHODS
         for prefix in ("" if name == "els" else f"{name}.",)
         if f"{size}.{prefix}steered_refused.{harmful[0]}" in known
     ]
-    plain = rate("plain_refused", tuple(benign)), rate("plain_refused", tuple(harmful))
+    plain = rate("plain_refused", benign), rate("plain_refused", harmful)
     return comparison_picture(spots, plain, trials)
 
 

@@ -29,7 +29,7 @@ def landscape_card(
     provenance: as in `Landscape`; "figures" are rows of {"name", "value", "low", "high", "n", "note"}, all but the first two
     optional, shown as a table; the other entries are listed as they are.
     """
-    base = fingerprint.name if _is_hub_id(fingerprint.name) and not fingerprint.is_local else None
+    base = _hub_model(fingerprint)
     front = ModelCardData(
         library_name="elsteer",
         base_model=base,
@@ -61,11 +61,16 @@ def _is_hub_id(name: str | None) -> bool:
     return name is not None and bool(_HUB_ID.fullmatch(name)) and not Path(name).exists()
 
 
+def _hub_model(fingerprint: Fingerprint) -> str | None:
+    """The model's hub id; None where it is a local one."""
+    return fingerprint.name if _is_hub_id(fingerprint.name) and not fingerprint.is_local else None
+
+
 def _shown(fingerprint: Fingerprint) -> str:
     """The model's name; of a local folder only its last part, as the rest is nobody's business."""
     if fingerprint.name is None:
         return fingerprint.architecture
-    return Path(fingerprint.name).name if fingerprint.is_local or not _is_hub_id(fingerprint.name) else fingerprint.name
+    return _hub_model(fingerprint) or Path(fingerprint.name).name
 
 
 def _pin(fingerprint: Fingerprint) -> str:

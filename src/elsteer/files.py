@@ -80,8 +80,11 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Delete what killed commands left half written in `folder` and below; they can be as large as what they were to become."""
-    for left in folder.rglob(f"{_HALF}*"):
+    """Delete what killed commands left half written in `folder` and the folders in it, where it can be large.
+
+    No deeper: the folder may be one of the user's, with much below it.
+    """
+    for left in (*folder.glob(f"{_HALF}*"), *folder.glob(f"*/{_HALF}*")):
         try:
             if time.time() - left.stat().st_mtime > _DEAD_SECONDS:
                 left.unlink()

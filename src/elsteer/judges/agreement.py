@@ -29,6 +29,7 @@ from scipy.stats import binomtest
 from elsteer.errors import JudgeError
 from elsteer.files import expanded
 from elsteer.judges.verdict import Judge
+from elsteer.text import half_character
 
 __all__ = ["Agreement", "EarlyDecisions", "LabelledCompletion", "agreement", "early_decisions", "read_labels"]
 
@@ -234,6 +235,6 @@ def _labelled(row: dict[str, Any], where: str) -> LabelledCompletion | None:
     if text is not None and not isinstance(text, str):
         raise JudgeError(f"{where} has a {form[0]} that is not text.")
     prompt = str(row.get("prompt") or row.get("objective") or "")
-    if any("\ud800" <= letter <= "\udfff" for letter in prompt + (text or "")):  # no tokenizer takes it
+    if half_character(prompt) or half_character(text or ""):  # no tokenizer takes it
         raise JudgeError(f"{where} holds half of a character (a lone surrogate): delete or mend it.")
     return LabelledCompletion(prompt=prompt, completion=text or "", refusal=refusal, model=str(row.get("model") or ""))
