@@ -251,9 +251,9 @@ class Work:
         return self.compare(("els",), self.run / f"seed-{seed}", seed=seed, strengths=(1.0,))
 
     def _share_answers(self, seed: int) -> None:
-        """Give another seed's fit the answers and states that the first one has; of them no seed changes any."""
+        """Give another seed's fit the answers and states that the first one has; of all prompts no seed changes any."""
         first, other = self.fitted(), self.fitted(seed)
-        if other.exists() or not (first / "stages.json").exists():
+        if self.train or other.exists() or not (first / "stages.json").exists():
             return
         half = other.with_name(f"{other.name}.half")
         shutil.rmtree(half, ignore_errors=True)
