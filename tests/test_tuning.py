@@ -550,6 +550,36 @@ def test_a_safer_weight_that_the_screening_passed_over_is_judged_where_no_finali
     assert found.rule["benign_weight"] == 1.0
 
 
+def test_the_safest_weights_are_tried_at_every_length_where_no_finalist_keeps_safety(
+    tiny: Tiny, plain: list[Completion], tmp_path: Path
+) -> None:
+    """The length of the screening is above the bound on the KL, and the shorter one was tried of two unsafe weights alone.
+
+    Of the two safe ones that which answers more is judged first: the verdicts so far let expect that it is safe, too.
+    """
+
+    def does(rule: dict[str, Any]) -> tuple[float, float, float]:
+        return 0.6 + rule["benign_weight"] / 20, 0.9 - rule["benign_weight"] / 20, 1.0
+
+    tuner = unmoved(scripted(tiny, plain, tmp_path, does, etas=(0.5, 1.0), finalists=3, bands=2))
+    tuner.bases = dict.fromkeys((1.0, 2.0, 5.0, 6.0), tuner.bases[1.0])
+    screened, told = tuner._screened, tuner._judged
+
+    def moves(rule: dict[str, Any]) -> Trial:
+        above = whole_way(rule) == 1.0
+        kl = tuner.settings.kl * (1.5 if above else 0.9)
+        return replace(screened(rule), kl=kl, why_not=[tuning.ABOVE_KL] if above else [])
+
+    def judged(rule: dict[str, Any]) -> Trial:
+        found = told(rule)
+        return replace(found, refused_harmful=0.5, why_not=["margin"]) if rule["benign_weight"] > 2 else found
+
+    tuner._screened, tuner._judged = moves, judged  # type: ignore[method-assign]
+    found = tuner.search({weight: {0: 0.5, 1: 0.5, 2: 0.5, 3: 0.7} for weight in tuner.bases})
+    assert found is not None
+    assert (found.rule["benign_weight"], whole_way(found.rule)) == (2.0, 0.5)
+
+
 def test_it_is_not_shortened_for_ever(tiny: Tiny, plain: list[Completion], tmp_path: Path) -> None:
     tuner = scripted(tiny, plain, tmp_path, lambda rule: (0.9, 0.6, 1.5), etas=(0.5,), finalists=2)
     assert tuner.search(AUROCS) is None

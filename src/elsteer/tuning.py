@@ -190,10 +190,14 @@ class Tuner:
         return bands(max(aurocs) + 1, aurocs, self.settings.band_share)
 
     def _fine(self, coarse: list[Trial]) -> list[dict[str, Any]]:
-        chosen = [(trial.rule["benign_weight"], tuple(trial.rule["layers"])) for trial in self._promising(coarse)]
+        return self._lengths(self._promising(coarse))
+
+    def _lengths(self, trials: Sequence[Trial]) -> list[dict[str, Any]]:
+        """Every length and guard for the first `bands` energies and bands of `trials`."""
+        chosen = dict.fromkeys((trial.rule["benign_weight"], tuple(trial.rule["layers"])) for trial in trials)
         return [
             self._rule(weight, band, eta, guard)
-            for weight, band in chosen[: self.settings.bands]
+            for weight, band in list(chosen)[: self.settings.bands]
             for eta in self.settings.etas
             for guard in self.settings.guards
         ]
@@ -268,10 +272,10 @@ class Tuner:
         short by a little is not out of the running.
         """
 
-        def key(trial: Trial) -> tuple[bool, float]:
-            return trial.kl is None or trial.kl <= 2 * self.settings.kl, self._worth(trial)
+        return sorted(screened, key=lambda trial: (self._kl_is_near(trial), self._worth(trial)), reverse=True)
 
-        return sorted(screened, key=key, reverse=True)
+    def _kl_is_near(self, trial: Trial) -> bool:
+        return trial.kl is None or trial.kl <= 2 * self.settings.kl
 
     def _finalists(self, screened: Sequence[Trial]) -> list[Trial]:
         """Whole verdicts of the most promising settings, one after the other, not all from one band of one energy.
@@ -280,14 +284,11 @@ class Tuner:
         """
         rest = self._open(self._promising(screened))
         found: list[Trial] = []
-        beyond: list[list[float]] = []
         groups: Counter[Hashable] = Counter()
         while rest and len(found) < self.settings.finalists:
-            mean = [sum(column) / len(beyond) for column in zip(*beyond, strict=True)] or [0.0] * 4
-            best = max(rest, key=lambda trial: self._worth(trial, mean))
+            beyond = self._beyond(found, screened)
+            best = max(rest, key=lambda trial: self._worth(trial, beyond))
             found.append(self._verdicts(best.rule))
-            gaps = [after - before for after, before in zip(rates(found[-1]), rates(best), strict=True)]
-            beyond += [gaps] if all(map(math.isfinite, gaps)) else []
             group = self._group(best.rule)
             groups[group] += 1
             full = groups[group] >= self._per_group()
@@ -295,6 +296,17 @@ class Tuner:
                 trial for trial in rest if trial.rule != best.rule and not (full and self._group(trial.rule) == group)
             ]
         return found
+
+    def _beyond(self, judged: Sequence[Trial], screened: Sequence[Trial]) -> list[float]:
+        """What verdicts showed beyond the screening of the same settings, on average: one number for each of `rates`."""
+        gaps = [
+            [after - before for after, before in zip(rates(trial), rates(expected), strict=True)]
+            for trial in judged
+            for expected in screened
+            if expected.rule == trial.rule
+        ]
+        known = [gap for gap in gaps if all(map(math.isfinite, gap))]
+        return [sum(column) / len(known) for column in zip(*known, strict=True)] or [0.0] * 4
 
     def _open(self, screened: list[Trial]) -> list[Trial]:
         """Those that may be finalists."""
@@ -308,20 +320,33 @@ class Tuner:
         return max(2, self.settings.finalists // 2)
 
     def _safer(self, judged: list[Trial]) -> list[Trial]:
-        """Where no finalist keeps safety: whole verdicts of others, the safest by the screening first, until one does."""
+        """Where no finalist keeps safety: whole verdicts of others until one does, as many as there are finalists at most.
+
+        The safest energies were perhaps screened at one length alone, and are with the others first. Then the most promising
+        by what the verdicts so far lead to expect, and at last the safest.
+        """
         found: list[Trial] = []
+        if any(trial.feasible for trial in judged):
+            return found
+        self._screen(self._of_the_safest())
         screened = [trial for trial in self.tried.values() if trial.stage == "screening"]
-        rest = [
-            trial
-            for trial in screened
-            if all(trial.rule != one.rule for one in judged) and ABOVE_KL not in trial.why_not
-        ]
-        rest.sort(key=lambda trial: (min(trial.weighted, trial.worst_source), trial.refused_harmful), reverse=True)
-        for trial in rest[: self.settings.finalists]:
-            if any(one.feasible for one in [*judged, *found]):
+        while len(found) < self.settings.finalists and not any(trial.feasible for trial in found):
+            known = [trial.rule for trial in (*judged, *found)]
+            rest = self._open([trial for trial in screened if trial.rule not in known])
+            if not rest:
                 break
-            found.append(self._verdicts(trial.rule))
+            if len(found) + 1 == self.settings.finalists:
+                best = max(rest, key=_safety)
+            else:
+                beyond = self._beyond([*judged, *found], screened)
+                best = max(rest, key=lambda trial: self._worth(trial, beyond))
+            found.append(self._verdicts(best.rule))
         return found
+
+    def _of_the_safest(self) -> list[dict[str, Any]]:
+        """Every length for the safest of the energies and bands that were screened."""
+        near = [trial for trial in self.tried.values() if trial.stage == "screening" and self._kl_is_near(trial)]
+        return self._lengths(sorted(near, key=_safety, reverse=True))
 
     # The passes
 
@@ -548,6 +573,11 @@ class Tuner:
 def rates(trial: Trial) -> tuple[float, float, float, float]:
     """What decides how good a setting is: shares removed and refused, and the weighted changes in all and on the worst source."""
     return trial.removed, trial.refused_harmful, trial.weighted, trial.worst_source
+
+
+def _safety(trial: Trial) -> tuple[float, float]:
+    """The greater the safer."""
+    return min(trial.weighted, trial.worst_source), trial.refused_harmful
 
 
 def order(trial: Trial) -> tuple[float, float]:
