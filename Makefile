@@ -26,7 +26,7 @@ endif
 .PHONY: help demo test lint format bench clean
 
 help:
-	@echo "make demo    fit a landscape for a small chat model and measure it, in 5 to 15 minutes on two cores"
+	@echo "make demo    fit a landscape for a small chat model and measure it, in 4 to 15 minutes on two cores"
 	@echo "make test    ruff, mypy and all tests, those on the real model included"
 	@echo "make lint    ruff and mypy alone; make format puts the code into shape"
 	@echo "make bench   speed and memory"

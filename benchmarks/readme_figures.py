@@ -116,8 +116,8 @@ def methods(of_size: dict[str, Figure], size: str) -> list[str]:
     direct = "--published" in of_size["removed"].command
     lines = [
         "",
-        f"Every method tuned on the same dev prompts ([how](docs/comparison.md), [what each does](docs/methods.md); `random` and "
-        f"`shuffled` are controls){', els also on attacks' if direct else ''}:",
+        "Every method tuned on the same dev prompts ([how](docs/comparison.md), [what each does](docs/methods.md); `els` is "
+        f"elsteer's, `random` and `shuffled` are controls){', els also on attacks' if direct else ''}:",
         "",
         "| method | removed, XSTest safe | OR-Bench-hard | harmful refusals, points: all | HarmBench | XSTest unsafe |",
         "|---|---|---|---|---|---|",

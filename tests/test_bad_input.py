@@ -78,6 +78,18 @@ def test_a_wrong_column(here: Path, tmp_path: Path) -> None:
     assert "--harmful-column" in one_sentence(elsteer("fit", here / "model", "--prompts", file))
 
 
+def test_a_wrong_column_where_no_flag_names_columns(here: Path, tmp_path: Path) -> None:
+    file = tmp_path / "asked.csv"
+    file.write_text("question,harmful\nHow do I kill a process?,no\n", encoding="utf-8")
+    for command in (("evaluate", "--suite"), ("capability", "--task", "kl", "--neutral")):
+        said = one_sentence(elsteer(command[0], here / "run" / "landscape", *command[1:], file))
+        assert "rename the one that holds the prompts" in said
+        assert "`elsteer fit`" in said  # that has the flag
+    file.write_text("prompt,bad\nHow do I kill a process?,no\n", encoding="utf-8")
+    said = one_sentence(elsteer("evaluate", here / "run" / "landscape", "--suite", file))
+    assert "rename the column" in said
+
+
 def test_a_prompt_of_ten_megabytes(here: Path, tmp_path: Path) -> None:
     file = tmp_path / "huge.jsonl"
     file.write_text(json.dumps({"prompt": "x" * 10_000_000, "harmful": False}) + "\n", encoding="utf-8")
@@ -458,9 +470,7 @@ def test_a_wrong_settings_file(here: Path, tmp_path: Path, text: bytes, said: st
 
 def test_a_control_that_is_unknown_and_a_strength_that_climbs(here: Path) -> None:
     landscape, suite = here / "run" / "landscape", here / "mine.jsonl"
-    assert "'chance' is not known" in one_sentence(
-        elsteer("evaluate", landscape, "--suite", suite, "--method", "chance")
-    )
+    assert "no control 'chance'" in one_sentence(elsteer("evaluate", landscape, "--suite", suite, "--method", "chance"))
     assert "from 0 up" in one_sentence(elsteer("evaluate", landscape, "--suite", suite, "--strength", "-1"))
 
 
@@ -656,3 +666,51 @@ def test_the_default_folder_of_another_landscape_is_left_alone(
     for command in (words, ["capability", "elsewhere/run", "--task", "facts"]):
         said = one_sentence(elsteer(*command))
         assert "runs/run is the run folder of another landscape: give a folder of its own" in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        (("--training-energy", "foo"), "--training-energy is 'foo': it must be product or network"),
+        (("--tuning-etas", ""), "--tuning-etas is []: it must be at least 1 value"),
+        (("--training-refine-band", "0.5"), "it must be more values"),
+        (("--training-refine-band", "0.5,0.6,0.7"), "it must be at most 2 values"),
+        (("--training-refine-band", "0.9,0.5"), "it must be a band that begins before it ends"),
+    ],
+)
+def test_settings_that_are_not_allowed_are_told_in_words(here: Path, flags: tuple[str, str], wanted: str) -> None:
+    assert wanted in one_sentence(elsteer("fit", *_both(here), *flags))
+
+
+@pytest.mark.parametrize("name", ["els", "none", "caa"])
+def test_a_method_that_evaluate_does_not_measure(here: Path, name: str) -> None:
+    said = one_sentence(elsteer("evaluate", here / "run" / "landscape", "--suite", "starter", "--method", name))
+    assert f"no control {name!r}: there is random" in said
+    assert "elsteer compare" in said
+
+
+@pytest.mark.parametrize("file", ["capability.json", "capability"])
+def test_capability_leaves_a_strangers_folder_as_it_is(here: Path, tmp_path: Path, file: str) -> None:
+    theirs = tmp_path / file
+    theirs.write_text("mine", encoding="utf-8")
+    asked = ["--task", "facts", "--limit", "1", "--out", tmp_path]
+    assert f"its {file} would be lost" in one_sentence(elsteer("capability", here / "run" / "landscape", *asked))
+    assert theirs.read_text(encoding="utf-8") == "mine"
+
+
+@pytest.mark.parametrize("file", ["compare.md", "compare.json", "frontier.png"])
+def test_compare_leaves_a_strangers_folder_as_it_is(here: Path, tmp_path: Path, file: str) -> None:
+    theirs = tmp_path / file
+    theirs.write_text("mine", encoding="utf-8")
+    asked = ["--methods", "els", "--suite", here / "mine.jsonl", "--judge", "coin", "--out", tmp_path]
+    said = one_sentence(elsteer("compare", here / "model", "--run-dir", here / "run", *asked))
+    assert f"its {file} would be lost" in said
+    assert theirs.read_text(encoding="utf-8") == "mine"
+
+
+def test_capability_without_its_benchmarks_says_how_to_give_them(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ELSTEER_DATA", raising=False)
+    monkeypatch.setattr("elsteer.models.hub.hub_problem", lambda: "could not be reached")
+    said = one_sentence(elsteer("capability", here / "run" / "landscape", "--task", "mmlu"))
+    assert "capability/mmlu.jsonl" in said
+    assert "--data-dir" in said

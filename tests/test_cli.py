@@ -230,6 +230,13 @@ def test_evaluate_compares_on_a_file_of_ones_own(here: Path) -> None:
     assert len((here / "run" / "evaluation" / "mine.els.jsonl").read_text(encoding="utf-8").splitlines()) == 30
 
 
+def test_a_strength_of_0_that_the_user_gives_is_not_put_down_to_tuning(here: Path, tmp_path: Path) -> None:
+    asked = ["--suite", here / "mine.jsonl", "--limit", "8", "--judge", "coin", "--no-quality", "--run-dir", tmp_path]
+    result = elsteer("evaluate", here / "run" / "landscape", *asked, "--strength", "0")
+    assert result.exit_code == 0, result.stderr
+    assert "tuning found nothing" not in result.stderr
+
+
 def test_compare_measures_each_method_at_each_strength(here: Path, tmp_path: Path) -> None:
     told = "--methods els,random,caa --strengths 0.5,1 --budget 2 --finalists 1 --limit 20 --judge coin --batch-size 8"
     folders = ["--run-dir", here / "run", "--suite", here / "mine.jsonl", "--out", tmp_path]

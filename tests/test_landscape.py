@@ -190,7 +190,7 @@ def test_a_landscape_of_strength_zero_warns_and_leaves_the_model_plain(caplog: p
     nothing = tiny_landscape(model).with_rule(strength=0.0)
     with caplog.at_level(logging.WARNING):
         assert torch.equal(steered(nothing, model), logits(model))
-    assert "tuning found nothing" in caplog.text
+    assert "has strength 0" in caplog.text
     assert not torch.equal(steered(nothing, model, 1.0), logits(model))
 
 

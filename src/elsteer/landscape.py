@@ -113,7 +113,7 @@ class Landscape:
             strength = self.rule.strength
             if strength == 0:
                 logger.warning(
-                    "this landscape has strength 0, as tuning found nothing that helps: the plain model runs"
+                    "this landscape has strength 0, as a fit sets it where nothing helps: the plain model runs"
                 )
         moves = {layer: self.move(layer) for layer in self.rule.layers}
         return Steering(model, moves, window=self.rule.window, strength=strength, blocks=blocks)

@@ -190,4 +190,11 @@ def _sentence(error: ValidationError, flags: Mapping[tuple[str, ...], str], conf
     reason = str(first["msg"]).removeprefix("Input should be ").removeprefix("Value error, ")
     if first["type"] == "int_parsing_size":
         reason = "a smaller number"
+    if first["type"] == "string_pattern_mismatch":  # such as ^(product|network)$
+        reason = " or ".join(first["ctx"]["pattern"].strip("^()$").split("|"))
+    if first["type"] in ("too_short", "too_long"):
+        words, key = ("at least", "min_length") if first["type"] == "too_short" else ("at most", "max_length")
+        reason = f"{words} {first['ctx'][key]} value{'s' if first['ctx'][key] > 1 else ''}"
+    if first["type"] == "missing":  # of a list of a certain length
+        reason = "more values"
     return f"{where} is {first['input']!r}: it must be {reason}."

@@ -123,7 +123,7 @@ class TrainingSettings(_Settings):
     @classmethod
     def _from_and_up_to(cls, band: tuple[float, float]) -> tuple[float, float]:
         if band[0] >= band[1]:
-            raise ValueError(f"the band must begin before it ends, not {band[0]:g} to {band[1]:g}")
+            raise ValueError(f"a band that begins before it ends, not {band[0]:g} to {band[1]:g}")
         return band
 
 

@@ -237,6 +237,11 @@ def evaluate(
             "The control shuffled is other energies, trained on what the fit was answered: elsteer compare MODEL --run-dir RUN "
             "--methods els,shuffled measures it."
         )
+    if other := [name for name in methods if name != "random"]:
+        raise PromptError(
+            f"There is no control {other[0]!r}: there is random, and other methods are measured by elsteer compare MODEL "
+            "--run-dir RUN."
+        )
     judging = get_judge(judge, url=judge_url, model=judge_model)
     if harm:
         require_harm(judging)
@@ -247,7 +252,7 @@ def evaluate(
     found = read_landscape(landscape)
     if strength is not None:
         found = found.with_rule(strength=strength)
-    controls = [found.with_method(name) for name in methods]
+    controls = [found.with_method(name) for name in dict.fromkeys(methods)]
     folder = run_dir or run_folder_of(landscape, found)
     invocation().kept = folder
     llm, tokenizer = load_for(found, model, **loading)

@@ -120,7 +120,9 @@ def compare(
         for slug, name in zip(slugs, suites, strict=True)
     }
     work.start()
-    with RunFolder(folder).owned():
+    into = RunFolder(folder)
+    into.refuse_others(("compare.md", "compare.json", "frontier.png"), ("rows",))
+    with into.owned():
         chosen = {name: work.choose(name, budget, finalists) for name in names}
         labels = work.measure(prompts, chosen, strengths)
         return _result(work, names, chosen, prompts, labels, strengths, command)

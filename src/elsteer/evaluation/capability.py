@@ -194,6 +194,7 @@ def capability(
     wanted = list(dict.fromkeys(tasks))
     data = _data(wanted, data_dir, limit, seed, neutral)  # bad files are told of before the model runs
     run = RunFolder(out)
+    run.refuse_others(("capability.json", "capability"), ("stages.json",))
     known = landscape.asked_with if isinstance(landscape, Landscape) else {}
     with run.owned(), _attached(model, tokenizer, landscape, strength) as steering:
         now = fingerprint(model, tokenizer, known.get("thinking"))

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from elsteer.errors import PromptError
 from elsteer.prompts.folder import data_folder
-from elsteer.prompts.hub import hub_rows
+from elsteer.prompts.hub import HubError, hub_rows
 from elsteer.prompts.prompt import Prompt
 
 __all__ = ["BENCHMARKS", "LETTERS", "Benchmark", "Choices", "Fact", "load_choices", "load_facts"]
@@ -146,12 +146,16 @@ def load_choices(
         place, rows = str(path), _file_rows(path)
     else:
         place = benchmark.hub_id
-        rows = [
-            row
-            for _, row in hub_rows(
+        try:
+            placed = hub_rows(
                 benchmark.hub_id, config=benchmark.config, split=benchmark.split, revision=benchmark.revision
             )
-        ]
+        except HubError as error:
+            raise PromptError(
+                f"{benchmark.title} could not be read: {error.reason}; {error.remedy}, or give a folder that holds it as "
+                f"capability/{benchmark.file} with --data-dir."
+            ) from error
+        rows = [row for _, row in placed]
     read = {"mmlu": _mmlu, "arc": _arc, "truthfulqa": _truthfulqa}[name]
     found = []
     for number, row in enumerate(rows, start=1):

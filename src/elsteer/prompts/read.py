@@ -115,7 +115,7 @@ def _messages(row: dict[str, Any], prompt_column: str, where: str) -> tuple[dict
     if value is None and prompt_column not in row:
         raise PromptError(
             f"{where} has no column {prompt_column!r} (it has: {', '.join(map(str, row)) or 'none'}): "
-            "name the one that holds the prompts with --prompt-column."
+            "rename the one that holds the prompts, or name it with --prompt-column of `elsteer fit`."
         )
     if prompt_column == "messages" and isinstance(value, str):
         try:
@@ -170,8 +170,8 @@ def _harmful(row: dict[str, Any], column: str, where: str) -> bool:
     if column not in row:
         raise PromptError(
             f"{where} has no column {column!r} (it has: {', '.join(map(str, row)) or 'none'}), so whether the right "
-            "answer is a refusal is unknown: name the column with --harmful-column, or give the file with --benign or "
-            "--harmful."
+            "answer is a refusal is unknown: rename the column, or name it with --harmful-column of `elsteer fit`, which also "
+            "takes files with --benign or --harmful."
         )
     word = str(row[column]).strip().lower()
     if word in _TRUE:
