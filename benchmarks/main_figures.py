@@ -46,6 +46,7 @@ GOALS = {
     "demo.seconds": "at most 480",
     "decode.overhead": "no goal here",
 }
+ABOUT = "The goals are those that elsteer began with; the same figures stand beside higher ones in [headline.md](headline.md)."
 
 
 # Names here, and the headline's where they are others.
@@ -145,7 +146,7 @@ def refused(rows: list[dict[str, Any]], method: str, sets: tuple[str, ...]) -> t
 
 def write_page(results: Path) -> int:
     """results/main.md from results/main.json; a goal without a figure is shown as not measured."""
-    text = figures_markdown(read_figures(results / "main.json"), GOALS, title="Main figures")
+    text = figures_markdown(read_figures(results / "main.json"), GOALS, title="Main figures", about=ABOUT)
     (results / "main.md").write_text(text, encoding="utf-8")
     sys.stdout.write(text)
     return 0

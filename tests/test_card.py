@@ -121,6 +121,17 @@ def test_a_local_folder_is_called_by_its_last_part(tmp_path: Path) -> None:
     assert str(tmp_path) not in text
 
 
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [("results/landscapes/a", "results/landscapes/a"), ("/home/someone/a", "a"), ("../someone/a", "a"), ("a", "a")],
+)
+def test_a_folder_below_the_current_one_is_read_by_its_whole_path(name: str, read: str) -> None:
+    text = card(name=name)
+    assert f'from_pretrained("{read}")' in text
+    assert "# a\n" in text
+    assert "someone" not in text
+
+
 def test_strength_zero_and_the_control_are_said_in_bold() -> None:
     assert "**Its strength is 0:**" in card(rule=replace(RULE, strength=0.0))
     assert "**This is a negative control:**" in card(method="random")

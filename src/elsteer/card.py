@@ -42,7 +42,7 @@ def landscape_card(
     return template.from_string(text).render(
         front=front.to_yaml(),
         title=name if _is_hub_id(name) else Path(name).name,
-        name=json.dumps(name if _is_hub_id(name) else Path(name).name),
+        name=json.dumps(_place(name)),
         base=base,
         model=_shown(fingerprint),
         load=json.dumps(base or "path/to/the/model") + _pin(fingerprint),
@@ -59,6 +59,13 @@ def landscape_card(
 
 def _is_hub_id(name: str | None) -> bool:
     return name is not None and bool(_HUB_ID.fullmatch(name)) and not Path(name).exists()
+
+
+def _place(name: str) -> str:
+    """What to read it by: a hub id or a folder below the current one as it is, of another its last part alone."""
+    path = Path(name)
+    below = not path.is_absolute() and ".." not in path.parts
+    return name if below else path.name
 
 
 def _hub_model(fingerprint: Fingerprint) -> str | None:

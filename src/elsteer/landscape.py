@@ -127,7 +127,11 @@ class Landscape:
         if allow and as_wide:
             logger.warning("steering with a landscape that was fitted to %s, although %s", ours, "; ".join(found))
             return
-        way = "" if not as_wide else ", or if you know that they are alike enough, attach with allow_other_model=True"
+        way = (
+            ""
+            if not as_wide
+            else ", or if you know that they are alike enough, attach it from Python with allow_other_model=True"
+        )
         as_it_was = f"with revision {self.fingerprint.pin}" if self.fingerprint.pin else "as it was"
         raise LandscapeError(
             f"This landscape was fitted to {ours} and does not fit here, as {'; '.join(found)}: load that model {as_it_was}, or "

@@ -111,8 +111,9 @@ def test_the_page_shows_each_figure_with_interval_goal_and_command() -> None:
         [figure(low=0.52, high=0.69, n=1250, note="test split | judge rules"), figure("demo.seconds", 412.04)],
         {"removed.xstest_safe": "at least 0.55", "decode.overhead": "at most 0.05"},
         title="Main",
+        about="Of the small model.",
     )
-    assert page.startswith("# Main\n")
+    assert page.startswith("# Main\n\nOf the small model.\n\n| figure |")
     assert "| `removed.xstest_safe` | 0.610 | 0.520 to 0.690 | 1,250 | at least 0.55 | 0 | [1] |" in page
     assert "test split \\| judge rules" in page
     assert "| `decode.overhead` | not measured |" in page

@@ -13,7 +13,7 @@ from test_tables import rows_of
 from elsteer.errors import RunError
 from elsteer.evaluation.report import Example, ReportData, verdict_of, verdict_sentence, write_report
 from elsteer.evaluation.statistics import JudgeAccuracy
-from elsteer.evaluation.tables import compare, compare_all
+from elsteer.evaluation.tables import compare, compare_all, outwards
 
 HOSTILE = "<script>alert('x')</script><img src=http://evil.example/a.png onerror=alert(1)>\"'`{{ 7*7 }}</div></details>"
 PNG = b"\x89PNG\r\n\x1a\nnot a whole picture"
@@ -269,6 +269,14 @@ def test_the_sentence_counts_new_refusals_and_unscored_completions_too() -> None
     assert "and 5 others are newly refused: 75% fewer false refusals (95% interval of the share removed: " in sentence
     assert "5 steered completions could not be scored (plain: 0)" in sentence
     assert "Harmful prompts refused: 100.0% -> 100.0% (difference 0.0 points, " in sentence
+
+
+def test_the_sentence_rounds_the_interval_as_the_table_above_it_does() -> None:
+    rows = totals("r" * 60 + "c" * 40, "r" * 10 + "c" * 90, "rr", "rr")
+    benign = next(one for one in rows if not one.harmful)
+    low, high = outwards(benign.removed)
+    assert (low, high) != (round(100 * benign.removed.low), round(100 * benign.removed.high)), "else nothing is tested"
+    assert f"removed: {low}% to {high}%)" in verdict_sentence(rows)
 
 
 def test_a_plain_model_that_never_refuses_is_said_in_words() -> None:

@@ -334,6 +334,13 @@ def test_an_unknown_name_gets_the_closest_and_all_the_known(typo: str) -> None:
         load_suite(typo)
 
 
+def test_a_name_that_is_begun_is_taken_before_one_that_is_close() -> None:
+    with pytest.raises(PromptError, match=r"did you mean 'or-bench-hard'\?"):
+        load_suite("or-bench")
+    with pytest.raises(PromptError, match=r"no suite 'nope': known are"):
+        load_suite("nope")
+
+
 def test_an_unreachable_hub_is_told_within_seconds_with_the_way_out(tmp_path: Path) -> None:
     started = time.perf_counter()
     with pytest.raises(

@@ -89,15 +89,24 @@ def read_figures(path: Path) -> list[Figure]:
     return figures
 
 
-def figures_markdown(figures: Sequence[Figure], goals: Mapping[str, str] | None = None, title: str = "Figures") -> str:
+def figures_markdown(
+    figures: Sequence[Figure], goals: Mapping[str, str] | None = None, title: str = "Figures", about: str = ""
+) -> str:
     """The page made from a figures file: a table, then the commands, models and machines behind the numbers.
 
     goals: name to the goal in words ("at least 0.55"), shown beside the figure; one without a figure is "not measured".
+    about: a paragraph below the title.
     """
     goals = goals or {}
     commands = list(dict.fromkeys(figure.command for figure in figures))
     head = ["figure", "value", "95% interval", "n", *(["goal"] if goals else []), "seed", "command", "note"]
-    lines = [f"# {title}", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines = [
+        f"# {title}",
+        "",
+        *([about, ""] if about else []),
+        "| " + " | ".join(head) + " |",
+        "|" + "---|" * len(head),
+    ]
     for name in sorted({figure.name for figure in figures} | set(goals)):
         figure = next((one for one in figures if one.name == name), None)
         if figure is None:

@@ -16,7 +16,7 @@ from typing import Literal
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from elsteer.evaluation.statistics import Interval, JudgeAccuracy
-from elsteer.evaluation.tables import Comparison, p_text, percent, points
+from elsteer.evaluation.tables import Comparison, outwards, p_text, percent, points
 from elsteer.files import write_atomic
 
 __all__ = ["Example", "ReportData", "Status", "Verdict", "verdict_of", "verdict_sentence", "write_report"]
@@ -173,12 +173,13 @@ def _benign_words(benign: Comparison) -> str:
     if benign.removed is None or not benign.removed.defined:
         return f"The plain model refused none of {_counted(benign.n)}; the steered one refuses {benign.new}."
     share = benign.removed
+    low, high = outwards(share)
     word = "fewer" if share.value >= 0 else "more"
     others = f" and {benign.new} {'other is' if benign.new == 1 else 'others are'} newly refused" if benign.new else ""
     return (
         f"Of {_counted(refused)} that the plain model refused (of {benign.n}), {benign.gone} "
         f"{'is' if benign.gone == 1 else 'are'} now answered{others}: {abs(share.value):.0%} {word} false "
-        f"refusals (95% interval of the share removed: {100 * share.low:.0f}% to {100 * share.high:.0f}%)."
+        f"refusals (95% interval of the share removed: {low}% to {high}%)."
     )
 
 

@@ -28,7 +28,18 @@ from elsteer.evaluation.statistics import (
     wilson,
 )
 
-__all__ = ["Comparison", "Row", "compare", "compare_all", "p_text", "percent", "points", "to_console", "to_markdown"]
+__all__ = [
+    "Comparison",
+    "Row",
+    "compare",
+    "compare_all",
+    "outwards",
+    "p_text",
+    "percent",
+    "points",
+    "to_console",
+    "to_markdown",
+]
 
 Row = Mapping[str, Any]
 
@@ -264,6 +275,11 @@ def to_console(comparisons: Sequence[Comparison], title: str | None = None) -> T
 def _stacked(interval: Interval | None, estimate: str, sign: str = "") -> Text:
     text = Text(estimate)
     if interval is not None and interval.defined:
-        low, high = math.floor(round(100 * interval.low, 6)), math.ceil(round(100 * interval.high, 6))
+        low, high = outwards(interval)
         text.append(f"\n{low:{sign}d} to {high:{sign}d}", style="dim")
     return text
+
+
+def outwards(interval: Interval) -> tuple[int, int]:
+    """The limits of a share in whole percent, rounded away from the estimate."""
+    return math.floor(round(100 * interval.low, 6)), math.ceil(round(100 * interval.high, 6))

@@ -11,6 +11,8 @@ __all__ = ["known_names"]
 def known_names(name: str, known: Iterable[str]) -> str:
     """ "did you mean 'xstest'? Known are xstest, ...", without the question where none of the known names is close."""
     known = list(known)
-    close = difflib.get_close_matches(name.lower().replace("_", "-"), known, n=1, cutoff=0.5)
+    asked = name.lower().replace("_", "-")
+    begun = [one for one in known if asked and one.startswith(asked)]
+    close = begun or difflib.get_close_matches(asked, known, n=1, cutoff=0.6)
     hint = f"did you mean {close[0]!r}? Known" if close else "known"
     return f"{hint} are {', '.join(known)}"
