@@ -396,7 +396,8 @@ def test_prompts_whose_plain_answer_could_not_be_scored_are_in_no_rate(
         (1.0, 0.1, 0.0, []),
         (1.09, 0.1, 0.0, ["perplexity ratio above its bound"]),
         (math.nan, 0.1, 0.0, ["perplexity ratio above its bound"]),
-        (1.0, 0.2, 0.0, ["more degenerate answers"]),
+        (1.0, 0.9, 0.0, ["more degenerate answers"]),
+        (1.0, 0.15, 0.0, []),  # fewer than chance gives
         (1.0, 0.0, 0.05, ["KL above its bound"]),
         (1.0, 0.0, math.nan, ["KL above its bound"]),
     ],
@@ -420,6 +421,36 @@ def test_answers_that_got_worse_break_a_constraint(
     assert good.why_not == []  # the row of the pass before stays as it was
     for line in lines(tmp_path / "frontier.jsonl"):
         json.loads(line, parse_constant=pytest.fail)
+
+
+def test_quality_on_more_prompts_is_measured_anew_and_beside_the_verdicts_that_were_there(
+    tiny: Tiny, plain: list[Completion], tmp_path: Path
+) -> None:
+    given = {**STRICT.model_dump(), "quality_tokens": 6}
+    few, more = (TuningSettings.model_validate({**given, "quality_prompts": n}) for n in (4, 100))
+    assert few.measuring() == more.measuring()
+    good = Trial(RULE, "verdicts", 0.9, 0.9, 0.5, 0.5)
+    first = tuner_of(tiny, plain, tmp_path, few)
+    first._quality(good)
+    second = tuner_of(tiny, plain, tmp_path, more)
+    second._quality(good)
+    answered = [at for at, one in enumerate(plain) if one.label == "compliance" and not DEV[at].harmful]
+    assert len(first._plain_answers) == 4 < len(second._plain_answers) == len(answered)
+    assert len(second.trials) == 2
+    assert tuner_of(tiny, plain, tmp_path, few)._quality(good) == first._quality(good)
+
+
+def test_the_prompts_of_the_quality_pass_are_spread_over_all_kinds(
+    tiny: Tiny, plain: list[Completion], tmp_path: Path
+) -> None:
+    answered = [at for at, one in enumerate(plain) if one.label == "compliance" and not DEV[at].harmful]
+    count = len(answered) - 1  # more than half of them
+    settings = TuningSettings.model_validate({**STRICT.model_dump(), "quality_tokens": 4, "quality_prompts": count})
+    tuner = tuner_of(tiny, plain, tmp_path, settings)
+    tuner._quality(Trial(RULE, "verdicts", 0.9, 0.9, 0.5, 0.5))
+    measured = [at for at in answered if DEV[at].id in tuner._plain_answers]
+    assert len(measured) == count
+    assert measured[-1] == answered[-1], "the last kind is measured, too"
 
 
 # Choosing

@@ -13,6 +13,7 @@ __all__ = ["CollectSettings", "FitSettings", "TrainingSettings", "TuningSettings
 
 # Of TuningSettings: what says which settings are tried and taken.
 _WHICH_ARE_TRIED = {"etas", "band_share", "bands", "steps", "windows", "gates", "guards", "finalists", "least_removed"}
+_IN_THE_KEY = {"quality_prompts"}  # of the trials that rest on it, those of quality
 
 _Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -176,13 +177,15 @@ class TuningSettings(_Settings):
     )
     perplexity_ratio: float = Field(1.05, description="Perplexity of steered over plain answers, at most.")
     kl: float = Field(0.02, description="KL per token on neutral prompts, nats, at most.")
-    quality_prompts: int = Field(32, ge=4, description="Prompts that the plain model answers, for the perplexity.")
+    quality_prompts: int = Field(
+        128, ge=4, description="Prompts that the plain model answers, for the perplexity and degenerate answers."
+    )
     quality_tokens: int = Field(40, ge=4, description="Length of those answers in tokens.")
     neutral_prompts: int = Field(24, ge=2, description="Neutral prompts for the KL.")
 
     def measuring(self) -> dict[str, Any]:
-        """What the finding of one trial rests on: all but what says which settings are tried and taken."""
-        return self.model_dump(mode="json", exclude=_WHICH_ARE_TRIED)
+        """What the findings of all trials rest on: all but what says which settings are tried and taken, or tells trials apart."""
+        return self.model_dump(mode="json", exclude=_WHICH_ARE_TRIED | _IN_THE_KEY)
 
 
 class FitSettings(_Settings):

@@ -360,8 +360,9 @@ class Tuner:
             self.progress("screening settings", len(rules), len(rules))
         return trials
 
-    def _tried(self, rule: dict[str, Any], stage: str, run: Callable[[dict[str, Any]], Trial]) -> Trial:
-        key = key_of(stage, rule)
+    def _tried(self, rule: dict[str, Any], stage: str, run: Callable[[dict[str, Any]], Trial], *rest: Any) -> Trial:
+        """rest: what else the finding rests on, of what a search over the same frontier may have otherwise."""
+        key = key_of(stage, rule, *rest)
         if key not in self.trials:
             trial = run(rule)
             self.trials[key] = trial
@@ -503,15 +504,17 @@ class Tuner:
         return value + errors * math.sqrt(variance)
 
     def _quality(self, trial: Trial) -> Trial:
-        return self._tried(trial.rule, "quality", lambda rule: self._checked(trial))
+        return self._tried(trial.rule, "quality", lambda rule: self._checked(trial), self.settings.quality_prompts)
 
     def _checked(self, trial: Trial) -> Trial:
         settings = self.settings
         answered = [
             at for at, one in enumerate(self.plain) if one.label == "compliance" and not self.dev.prompts[at].harmful
         ]
-        spread = slice(None, None, max(1, len(answered) // settings.quality_prompts))  # over all kinds
-        answered = answered[spread][: settings.quality_prompts]
+        count = min(settings.quality_prompts, len(answered))
+        answered = [
+            answered[(2 * at + 1) * len(answered) // (2 * count)] for at in range(count)
+        ]  # spread over all kinds
         if not self._plain_answers:
             self._plain_answers = self._at_length(self.dev, answered, None)
         with self.landscape(trial.rule).attach(self.dev.model) as steering:
@@ -520,7 +523,8 @@ class Tuner:
         why_not = list(trial.why_not)
         if not found.perplexity_ratio <= settings.perplexity_ratio:
             why_not.append("perplexity ratio above its bound")
-        if found.degenerate_steered > found.degenerate_plain:
+        steered, plain = found.n * found.degenerate_steered, found.n * found.degenerate_plain
+        if steered - plain > math.sqrt(steered + plain):  # more than the standard error of this difference of counts
             why_not.append("more degenerate answers")
         kl = self._kl(trial.rule)
         if not kl <= settings.kl:
