@@ -801,6 +801,21 @@ def test_the_same_weights_in_another_precision_answer_anew(tiny: Tiny, tmp_path:
     assert [begins(model) for model in (whole, whole, half, half, whole)] == [0, len(TRAIN), 0, len(TRAIN), 0]
 
 
+def test_states_that_are_made_anew_leave_nothing_that_other_methods_learned_from_the_old(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    """The same verdicts may come of other states, so that verdicts alone do not tell what a network was trained on."""
+    collect(*tiny, TRAIN, tiny_landscape(tiny[0]), dev=DEV, run_dir=tmp_path, settings=tiny_settings())
+    kept = tmp_path / "baselines/els-paper/0.safetensors"
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(b"")
+    collect(*tiny, TRAIN, tiny_landscape(tiny[0]), dev=DEV, run_dir=tmp_path, settings=tiny_settings(seed=4))
+    assert kept.exists()
+    longer = tiny_settings(collect={"max_new_tokens": 5})
+    collect(*tiny, TRAIN, tiny_landscape(tiny[0]), dev=DEV, run_dir=tmp_path, settings=longer)
+    assert not kept.exists()
+
+
 def test_neutral_prompts_of_ones_own_are_so_many_at_most(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -172,6 +172,16 @@ def test_energy_is_lower_after_the_move() -> None:
     assert (landscape.energy(2, states + move.delta(states)) < landscape.energy(2, states)).all()
 
 
+def test_attached_within_inference_mode_it_may_be_differentiated_after_it() -> None:
+    model = tiny_model().requires_grad_(True)
+    with torch.inference_mode():
+        steering = tiny_landscape(model).attach(model)
+    model(IDS).logits.sum().backward()
+    steering.remove()
+    assert all(bool(parameter.grad.any()) for parameter in model.parameters() if parameter.grad is not None)
+    assert model.get_input_embeddings().weight.grad is not None
+
+
 def test_strength_zero_is_the_plain_model_to_the_bit() -> None:
     model = tiny_model()
     assert torch.equal(steered(tiny_landscape(model), model, 0.0), logits(model))

@@ -21,7 +21,7 @@ from elsteer.judges import Verdict
 from elsteer.landscape import Landscape
 from elsteer.prompts import Prompt
 from elsteer.settings import TuningSettings
-from elsteer.tuning import Trial, Tuner, bands
+from elsteer.tuning import ABOVE_KL, Trial, Tuner, bands
 from landscapes import tiny_landscape
 from pipelines import LetterJudge, Tiny, forward_passes, lines, some_prompts, speaker
 
@@ -160,6 +160,7 @@ def test_any_share_of_any_depth_gives_a_band(depth: int, share: float) -> None:
         Trial(RULE, "screening", 0.5, 0.25, 0.5, 0.5, why_not=["margin"]),
         Trial({**RULE, "gate": 0.25}, "quality", 0.1 + 0.2, 1 / 3, 0.5, 0.5, -0.05, 0.1, 3, 1.01, 0.0, 0.01),
         Trial(RULE, "verdicts", 0.5, math.nan, 0.5, math.nan, 0.0, math.nan, 9, math.nan),
+        Trial(RULE, "screening", 0.5, 0.25, 0.5, 0.5, kl=math.nan, why_not=[ABOVE_KL]),
     ],
 )
 def test_a_trial_read_again_is_the_one_that_was_written(trial: Trial) -> None:
@@ -340,6 +341,10 @@ def test_where_no_harmful_prompt_was_scored_nothing_is_feasible(wide: Tuner, tmp
     assert json.loads(line, parse_constant=pytest.fail)["trial"]["refused_harmful"] is None
     fine = rates(wide, [1.0, 1.0, 0.0], [0.5, 0.5, 0.5])
     assert wide._ranked([trial, fine]) == [fine, trial]
+    unsafe = replace(fine, answered_benign=0.9, refused_harmful=0.1, why_not=["margin"])
+    garbled = replace(trial, answered_benign=1.0)  # every answer to a harmful prompt
+    assert garbled.removed > unsafe.removed
+    assert wide._ranked([garbled, unsafe]) == [unsafe, garbled], "what safety lost is not known, so it is not nothing"
 
 
 class Fussy(LetterJudge):

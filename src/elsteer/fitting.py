@@ -368,7 +368,8 @@ def _collect(
             "%s was answered with another dtype or other settings (or an earlier version), and all is made anew.",
             run.path,
         )
-    run.stage("collect", key, ["completions.jsonl", "glimpses.jsonl", "states", "dev.jsonl", "dev_states", *RESULT])
+    answers = ["completions.jsonl", "glimpses.jsonl", "states", "dev.jsonl", "dev_states"]
+    run.stage("collect", key, [*answers, "baselines", *RESULT])  # baselines: what other methods learned from the states
     try:
         return complete(
             caches,

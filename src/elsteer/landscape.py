@@ -115,8 +115,9 @@ class Landscape:
                 logger.warning(
                     "this landscape has strength 0, as a fit sets it where nothing helps: the plain model runs"
                 )
-        moves = {layer: self.move(layer) for layer in self.rule.layers}
-        return Steering(model, moves, window=self.rule.window, strength=strength, blocks=blocks)
+        with torch.inference_mode(False):  # tensors made within it could take part in no backward pass after it
+            moves = {layer: self.move(layer) for layer in self.rule.layers}
+            return Steering(model, moves, window=self.rule.window, strength=strength, blocks=blocks)
 
     def _check_model(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, allow: bool) -> None:
         found = _differences(self.fingerprint, model, tokenizer)

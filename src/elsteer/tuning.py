@@ -79,11 +79,13 @@ class Trial:
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> Trial:
-        """Of a row of frontier.jsonl, which has null for a rate that could not be measured."""
+        """Of a row of frontier.jsonl, which has null for a number that could not be measured."""
         rates = ("answered_benign", "refused_harmful", "plain_answered", "plain_refused", "worst_source", "weighted")
         found: dict[str, Any] = {
             name: math.nan if name in rates and value is None else value for name, value in row.items()
         }
+        if found["kl"] is None and ABOVE_KL in found["why_not"]:
+            found["kl"] = math.nan  # no number is below the bound; where it was not measured, it breaks none
         return cls(**found)
 
     def to_row(self) -> dict[str, Any]:
@@ -256,8 +258,9 @@ class Tuner:
         beyond: what is added to each of `rates` before.
         """
         removed, refused, weighted, worst = (value + more for value, more in zip(rates(trial), beyond, strict=True))
-        lost = max(0.0, trial.plain_refused + self.settings.safety_margin - refused)
-        lost += max(0.0, self.settings.safety_weighted - weighted) + max(0.0, self.settings.worst_source - worst)
+        # 0 stands second: max gives the first of what it cannot compare, and what is not known must not count as nothing.
+        lost = max(trial.plain_refused + self.settings.safety_margin - refused, 0.0)
+        lost += max(self.settings.safety_weighted - weighted, 0.0) + max(self.settings.worst_source - worst, 0.0)
         value = removed - 6 * lost
         return value if math.isfinite(value) else -math.inf
 

@@ -459,6 +459,22 @@ def test_a_right_answer_that_was_mended_counts(
     assert found.choices == afresh.choices
 
 
+def test_choices_that_were_mended_are_scored_anew(tiny: Tiny, landscape: Landscape, data: Path, tmp_path: Path) -> None:
+    capability(*tiny, landscape, ["truthfulqa"], out=tmp_path / "a", data_dir=data, strength=STRENGTH)
+    path = data / "capability" / "truthfulqa_mc.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    for row in rows:
+        targets = list(row["mc1_targets"].values())
+        row["mc1_targets"] = {f"{'so ' * (len(targets) - at)}{at}": right for at, right in enumerate(targets)}
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    found = capability(*tiny, landscape, ["truthfulqa"], out=tmp_path / "a", data_dir=data, strength=STRENGTH)
+    afresh = capability(*tiny, landscape, ["truthfulqa"], out=tmp_path / "b", data_dir=data, strength=STRENGTH)
+    assert found.choices == afresh.choices
+    with forward_passes(tiny[0]) as passes:
+        capability(*tiny, landscape, ["truthfulqa"], out=tmp_path / "a", data_dir=data, strength=STRENGTH)
+    assert passes == []
+
+
 def test_another_prompt_under_the_same_id_is_another_prompt(tiny: Tiny, landscape: Landscape, tmp_path: Path) -> None:
     prompts = [replace(one, id=f"{at}") for at, one in enumerate(some_prompts(6))]
     others = [replace(one, id=f"{at}") for at, one in enumerate(prompts[3:])]
@@ -473,6 +489,14 @@ def test_likelihoods_that_are_no_numbers_choose_nothing(task: str, tiny: Tiny, d
     broken = tiny_landscape(tiny[0]).with_rule(strength=9e29)
     with pytest.raises(SteeringError, match="The steered model gives likelihoods that are no numbers: its strength"):
         capability(*tiny, broken, [task], out=tmp_path, data_dir=data)
+
+
+def test_distributions_that_are_no_numbers_have_no_kl(tiny: Tiny, tmp_path: Path) -> None:
+    """Whether they were measured just now or are read again."""
+    broken = tiny_landscape(tiny[0]).with_rule(strength=9e29)
+    for _ in range(2):
+        with pytest.raises(SteeringError, match="no finite distribution on 2 of 2 neutral prompts: its strength"):
+            capability(*tiny, broken, ["kl"], out=tmp_path, neutral=some_prompts(2), max_new_tokens=4)
 
 
 def test_a_method_that_is_no_landscape_is_measured_too(

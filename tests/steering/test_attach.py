@@ -486,6 +486,49 @@ def test_steering_under_inference_mode_and_with_gradients_on() -> None:
         torch.testing.assert_close(model(**pad([PROMPT])).logits[0], wanted, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("moves", [energy_moves(), {1: Push(), 2: Push(seed=1)}])
+def test_gradients_go_through_the_step(moves: dict[int, Any]) -> None:
+    model = tiny_model()
+    embedded = model.get_input_embeddings()(torch.tensor([PROMPT])).detach()
+    blocks = decoder_blocks(model)
+
+    def gradient() -> Tensor:
+        inputs = embedded.clone().requires_grad_()
+        model(inputs_embeds=inputs, use_cache=False).logits[0, -1].square().sum().backward()
+        assert inputs.grad is not None
+        return inputs.grad
+
+    def hook(at: int) -> Any:
+        def add(_module: torch.nn.Module, args: tuple[Any, ...]) -> Any:
+            last = args[0][:, -1]
+            return (torch.cat([args[0][:, :-1], (last + moves[at].delta(last))[:, None]], dim=1), *args[1:])
+
+        return add
+
+    plain = gradient()
+    handles = [blocks[at].register_forward_pre_hook(hook(at)) for at in moves]
+    wanted = gradient()
+    for handle in handles:
+        handle.remove()
+    with Steering(model, moves, window=0):
+        found = gradient()
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    assert float((found - plain).abs().max()) > 1e-2
+
+
+def test_the_step_is_float32_under_autocast_too() -> None:
+    model, taken = tiny_model(), []
+
+    class Watch:
+        def delta(self, states: Tensor, strength: Tensor | float = 1.0) -> Tensor:
+            taken.append(states @ torch.ones(32, 32))
+            return torch.zeros_like(states)
+
+    with Steering(model, {1: Watch()}, window=0), torch.autocast("cpu", torch.bfloat16):
+        logits_of(model, **pad([PROMPT]))
+    assert [one.dtype for one in taken] == [torch.float32]
+
+
 def test_one_token_on_a_cache_that_is_not_that_of_the_pass_before_is_refused() -> None:
     """A copied cache, or a second conversation's: whether the token ends a prompt or goes on with an answer is not told."""
     model, moves = tiny_model(), energy_moves()
@@ -578,12 +621,20 @@ def test_pads_are_known_where_a_decoder_is_given_masks_of_another_form(side: str
         assert float((found[row, last] - plain[row, last]).abs().max()) > 1e-3
 
 
-def test_a_prompt_begun_while_disabled_ends_with_the_token_after_enabling() -> None:
-    """On the same cache nothing is in doubt: the token is the prompt's last."""
+@pytest.mark.parametrize("before", [None, PROMPTS[1], PROMPT * 3])
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_a_prompt_begun_while_disabled_ends_with_the_token_after_enabling(
+    before: list[int] | None, pieces: int
+) -> None:
+    """On the same cache nothing is in doubt: the token is the prompt's last, whatever prompt ran before it."""
     model, moves = tiny_model(), energy_moves()
     with torch.no_grad(), Steering(model, moves, window=0) as steering:
+        if before is not None:
+            model(torch.tensor([before]), use_cache=True)
         steering.disable()
-        begun = model(torch.tensor([PROMPT[:-1]]), use_cache=True)
+        begun = model(torch.tensor([PROMPT[: -2 if pieces == 2 else -1]]), use_cache=True)
+        if pieces == 2:
+            begun = model(torch.tensor([PROMPT[-2:-1]]), past_key_values=begun.past_key_values, use_cache=True)
         steering.enable()
         found = model(torch.tensor([PROMPT[-1:]]), past_key_values=begun.past_key_values, use_cache=True).logits
     torch.testing.assert_close(

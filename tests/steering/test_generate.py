@@ -386,3 +386,24 @@ def test_one_generation_after_another() -> None:
             generate(model, alone(PROMPT), no_such_option=1)
         for prompt in PROMPTS:
             assert generate(model, alone(prompt)) == [slow_generate(model, moves, prompt, 8, 2)]
+
+
+@pytest.mark.parametrize("window", [0, 2])
+def test_after_a_generation_that_was_broken_off_it_is_not_guessed_where_the_prompt_ended(window: int) -> None:
+    model, moves = tiny_model(), energy_moves()
+    cache, begun = DynamicCache(config=model.config), slow_generate(model, moves, PROMPT, 1, window)
+
+    def stop(_input_ids: Tensor, scores: Tensor) -> Tensor:
+        if cache.get_seq_length() > len(PROMPT):
+            raise KeyError("stopped")
+        return scores
+
+    with torch.no_grad(), Steering(model, moves, window=window) as steering:
+        with pytest.raises(KeyError):
+            model.generate(**alone(PROMPT), past_key_values=cache, do_sample=False, logits_processor=[stop])
+        with pytest.raises(SteeringError, match=r"steering\.prompts"):
+            model(torch.tensor([[7]]), past_key_values=cache)
+        with steering.prompts(torch.tensor([len(PROMPT)])):
+            found = model(torch.tensor([[7]]), past_key_values=cache).logits[0]
+    wanted = slow_logits(model, moves, [*PROMPT, *begun, 7], len(PROMPT) - 1, window)
+    torch.testing.assert_close(found, wanted[-1:], atol=1e-4, rtol=0)

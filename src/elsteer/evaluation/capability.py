@@ -298,6 +298,11 @@ class _Work:
         answers = {one.prompt.id: one for one in items}
         letters = self._letters() if BENCHMARKS[task].letters else []
 
+        def about(one: Choices) -> Row:
+            """What a row holds of the question besides its id, which does not tell choices that are not in the prompt."""
+            more = {} if BENCHMARKS[task].letters else {"choices": key_of(one.choices)}
+            return {"answer": one.answer, "subject": one.subject, **more}
+
         def measure(caches: PromptCaches, batch: PromptBatch) -> list[Row]:
             given = [answers[caches.prompts[place].id] for place in batch.rows]
             sides = {}
@@ -307,7 +312,7 @@ class _Work:
                 else:
                     sides[name] = _by_likelihood(self.model, batch, self._encoded(given), steering)
             return [
-                {"answer": one.answer, "plain": plain, "steered": steered, "subject": one.subject}
+                {**about(one), "plain": plain, "steered": steered}
                 for one, plain, steered in zip(given, sides["plain"], sides["steered"], strict=True)
             ]
 
@@ -316,8 +321,12 @@ class _Work:
             room = max(len(ids) for row in self._encoded(items) for ids in row)
 
         def known(row: Row) -> bool:
-            """Whether the right answer is still the one that the row was measured with: a file may have been mended."""
-            return row["id"] not in answers or row["answer"] == answers[row["id"]].answer
+            """Whether choices and right answer are still those that the row was measured with: a file may have been mended.
+
+            Rows of earlier versions do not tell their choices.
+            """
+            same = about(answers[row["id"]]) if row["id"] in answers else {}
+            return all(row.get(name, same[name]) == same[name] for name in same.keys() & {"answer", "choices"})
 
         return self._rows(task, BENCHMARKS[task].title, [one.prompt for one in items], room, measure, known=known)
 
@@ -406,8 +415,8 @@ class _Work:
             )
             for batch in caches.batches():
                 ids = [caches.prompts[place].id for place in batch.rows]
-                fresh = [{"id": one, **row} for one, row in zip(ids, measure(caches, batch), strict=True)]
-                append_jsonl(path, [without_nan(row) for row in fresh])
+                fresh = [without_nan({"id": one, **row}) for one, row in zip(ids, measure(caches, batch), strict=True)]
+                append_jsonl(path, fresh)
                 rows.update((row["id"], row) for row in fresh)
                 done += len(fresh)
                 self._tell(title, done, len(prompts))

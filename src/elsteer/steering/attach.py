@@ -277,6 +277,9 @@ class Steering:
                 ends = mask.long().sum(dim=1).to(ends.device) - 1
             try:
                 made = plain(**kwargs)
+            except BaseException:
+                self._cache = None  # where the prompts of what is left in it ended is not known any more
+                raise
             finally:
                 self._end, self._end_tensor, self._real, self._asked = outer
                 self._past = False
@@ -315,11 +318,13 @@ class Steering:
         self._active = self._where = self._columns = self._dues = None
         self._contexts.clear()
         self._fired, self._ran = 0, True
-        if self._off or not self.enabled:
-            return
         inputs = next(
             (x for x in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None), None
         )
+        if self._off or not self.enabled:
+            if not _recording() and (inputs is None or inputs.shape[1] > 1 or not self._goes_on(cache_given(kwargs))):
+                self._starts = None  # another prompt is begun: its end is not that of the one before
+            return
         if inputs is None:
             raise SteeringError("The model was called without input_ids or inputs_embeds: there is nothing to steer.")
         rows, width = inputs.shape[:2]
@@ -461,15 +466,15 @@ class Steering:
             if self._active is None and self._where is None:
                 return None
             hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-            context = self._context(at, move, args, kwargs) if self._reads else None
-            moved = self._moved(move, hidden, context, device or hidden.device)
+            with torch.autocast(hidden.device.type, enabled=False):  # the step is float32
+                context = self._context(at, move, args, kwargs) if self._reads else None
+                moved = self._moved(move, hidden, context, device or hidden.device)
             if args:
                 return (moved, *args[1:]), kwargs
             return args, {**kwargs, "hidden_states": moved}
 
         return steer
 
-    @torch.no_grad()
     def _context(self, at: int, move: Move, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """(B, H, C) contexts of the rows, where the move at block `at` reads them; in each pass they are made once."""
         if (blocks := _context_blocks(move)) is None:
@@ -482,7 +487,6 @@ class Steering:
         found = self._contexts[self._leads[at]] = prompt_context(cache, blocks, self._columns, query, mean)
         return found
 
-    @torch.no_grad()
     def _moved(self, move: Move, hidden: Tensor, context: Tensor | None, device: torch.device) -> Tensor:
         if self._where is not None:
             return self._moved_compiled(move, hidden, context, *self._where)
@@ -534,6 +538,8 @@ class Steering:
         if _recording():
             return
         self._same_pass()
+        self._contexts.clear()  # what they keep for a backward pass goes with the output
+        self._dues = None
         cache = cache_made(output)
         self._cache = None if cache is None else weakref.ref(cache)
         if self._active is None:
