@@ -184,7 +184,7 @@ class TuningSettings(_Settings):
     neutral_prompts: int = Field(24, ge=2, description="Neutral prompts for the KL.")
 
     def measuring(self) -> dict[str, Any]:
-        """What the findings of all trials rest on: all but what says which settings are tried and taken, or tells trials apart."""
+        """What all findings of trials rest on: all but what says which settings are tried and taken, or is in a trial's key."""
         return self.model_dump(mode="json", exclude=_WHICH_ARE_TRIED | _IN_THE_KEY)
 
 
