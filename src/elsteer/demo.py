@@ -46,7 +46,7 @@ SETTINGS = FitSettings(
         bands=3,
         finalists=2,
         safety_weighted=-0.05,  # some 65 harmful prompts of one source: their error alone is half of that, and counts against it
-        quality_prompts=16,
+        quality_prompts=64,
         quality_tokens=24,
         neutral_prompts=8,
     ),
